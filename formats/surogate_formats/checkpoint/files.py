@@ -1,0 +1,64 @@
+"""Opening and reading one file of a checkpoint: regular files only, by `pread`."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from surogate_formats.checkpoint.errors import NotARegularFileError, TruncatedFileError, UnreadableFileError
+
+# Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def unreadable(where: str, error: OSError) -> UnreadableFileError:
+    """The error for what the operating system refuses."""
+    return UnreadableFileError(f"{where}: cannot be read: {error.strerror}; check its permissions and the disk")
+
+
+def truncated(where: str, promised: int, size: int) -> TruncatedFileError:
+    """The error for a file of `size` bytes whose header promises more."""
+    return TruncatedFileError(
+        f"{where}: truncated: header promises {promised} bytes, file has {size}; download it again"
+    )
+
+
+def open_regular(path: str | Path, where: str, *, directory: int | None = None) -> int:
+    """Open a regular file for reading, following a link in its last component.
+
+    The Hub's cache is made of links into its `blobs`, so a link as the file itself is ordinary.
+
+    Raises:
+        FileNotFoundError: Nothing is there; the caller knows what that means.
+        NotARegularFileError: It is something else than a file.
+        UnreadableFileError: It may not be read.
+    """
+    try:
+        descriptor = os.open(path, _FLAGS, dir_fd=directory)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(where, error) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotARegularFileError(f"{where}: not a regular file; replace it by the file itself")
+    return descriptor
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int, where: str) -> None:
+    """Fill `buffer`, a writable contiguous view of bytes, from byte `offset` of a file.
+
+    Raises:
+        TruncatedFileError: The file ends before the buffer is full.
+        UnreadableFileError: The disk fails.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise unreadable(where, error) from None
+        if got == 0:
+            raise truncated(where, offset + len(buffer), os.fstat(descriptor).st_size)
+        done += got

@@ -1,0 +1,193 @@
+"""A checkpoint as a set of tensors, read by `pread` from descriptors that stay open.
+
+No mmap: a mapped shard counts as the process's memory up to its whole size, and a file that shrinks under it
+kills the process by SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from surogate_formats.checkpoint.directory import Directory
+from surogate_formats.checkpoint.errors import (
+    MissingConfigError,
+    MissingShardError,
+    NoNumpyTypeError,
+    quoted,
+)
+from surogate_formats.checkpoint.files import read_at, unreadable
+from surogate_formats.checkpoint.header import Header, read_open_header
+from surogate_formats.checkpoint.index import INDEX, MAX_INDEX_SIZE, check_agreement, find_shards
+from surogate_formats.checkpoint.quantized import is_quantized
+from surogate_formats.checkpoint.strict_json import parse_object
+from surogate_formats.checkpoint.tensor_info import TensorInfo
+from surogate_formats.dtypes import NUMPY
+
+CONFIG = "config.json"
+MAX_CONFIG_SIZE = 64 * 2**20
+"""Largest `config.json` accepted, in bytes."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor and the shard, relative to the checkpoint's directory, that holds it."""
+
+    file: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """What identifies a shard without hashing its tensors: name, size in bytes, SHA-256 of its header."""
+
+    name: str
+    size: int
+    header_sha256: str
+
+
+class Checkpoint:
+    """An open checkpoint; a context manager. Reading is thread-safe, closing under a read is not.
+
+    Attributes:
+        directory: Where it is.
+        config_bytes: `config.json` as it stands.
+        config: The same, parsed.
+        headers: The checked header of each shard by its name, sorted by name.
+        files: What identifies each shard, in the same order.
+        tensors: Every tensor by name, by shard and then by position in it.
+        unused: Names of the directory's safetensors files that are no part of the checkpoint, sorted.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """See `open`."""
+        self.directory = directory
+        with Directory(directory) as source, ExitStack() as opened:
+            self._where = source.where
+            self._names = source.names
+            shards = find_shards(source.names, _read_index(source), source.where)
+            self.unused = shards.unused
+            self.config_bytes = _read_config(source)
+            self.config = parse_object(self.config_bytes, source.show(CONFIG), strict=False)
+            self._descriptors = {name: _open_shard(source, name, opened) for name in shards.names}
+            self.headers = {
+                name: read_open_header(descriptor, source.show(name)) for name, descriptor in self._descriptors.items()
+            }
+            check_agreement(_holders(self.headers), shards.weight_map, source.where)
+            self._opened = opened.pop_all()
+        self.files = tuple(SourceFile(name, header.file_size, header.sha256) for name, header in self.headers.items())
+        self.tensors = {
+            info.name: Entry(name, info) for name, header in self.headers.items() for info in header.tensors.values()
+        }
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Check every header, the index and `config.json` of a directory; read no tensor.
+
+        Raises:
+            CheckpointError: One class of `surogate_formats.checkpoint.errors` per cause.
+        """
+        return cls(Path(directory))
+
+    def close(self) -> None:
+        """Close the shards. A read afterwards is a `ValueError`."""
+        # A descriptor's number is soon some other file's: it must not be read any more.
+        self._descriptors = {}
+        self._opened.close()
+
+    def __enter__(self) -> Checkpoint:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Read a tensor as a new C-contiguous array of its own shape and dtype.
+
+        Raises:
+            KeyError: There is no such tensor.
+            NoNumpyTypeError: Its elements are not whole bytes (F4, F6); `read_into` gives its bytes.
+            TruncatedFileError: The shard has shrunk since it was opened.
+        """
+        info = self.tensors[name].info
+        if info.dtype not in NUMPY:
+            where = f"{self._where}/{self.tensors[name].file}: tensor {quoted(name)}"
+            raise NoNumpyTypeError(f"{where}: {info.dtype} has no numpy type; convert it to one that has")
+        array = np.empty(info.shape, NUMPY[info.dtype])
+        self.read_into(name, array.reshape(-1).view(np.uint8).data)
+        return array
+
+    def read_into(self, name: str, buffer: memoryview, offset: int = 0) -> int:
+        """Read bytes of a tensor, from byte `offset` of it, into a writable contiguous buffer.
+
+        Returns:
+            Bytes read: the buffer's size, or less where the tensor ends.
+
+        Raises:
+            KeyError: There is no such tensor.
+            ValueError: `offset` lies outside the tensor, or the checkpoint is closed.
+            TruncatedFileError: The shard has shrunk since it was opened.
+        """
+        entry = self.tensors[name]
+        if not 0 <= offset <= entry.info.nbytes:
+            raise ValueError(f"offset {offset} outside tensor {quoted(name)} of {entry.info.nbytes} bytes")
+        if entry.file not in self._descriptors:
+            raise ValueError(f"{self._where}: closed")
+        count = min(buffer.nbytes, entry.info.nbytes - offset)
+        if count:
+            target = buffer.cast("B")[:count]
+            where = f"{self._where}/{entry.file}"
+            read_at(self._descriptors[entry.file], target, entry.info.start + offset, where)
+        return count
+
+    def is_quantized(self) -> str | None:
+        """The method that the checkpoint is quantized by already, None if by none."""
+        infos = {name: entry.info for name, entry in self.tensors.items()}
+        return is_quantized(self.config, files=self._names, tensors=infos)
+
+
+def _read_index(source: Directory) -> bytes | None:
+    if INDEX not in source.names:
+        return None
+    try:
+        return source.read(INDEX, MAX_INDEX_SIZE)
+    except FileNotFoundError as error:  # a link to nothing
+        raise unreadable(source.show(INDEX), error) from None
+
+
+def _read_config(source: Directory) -> bytes:
+    try:
+        return source.read(CONFIG, MAX_CONFIG_SIZE)
+    except FileNotFoundError:
+        message = f"{source.show(CONFIG)}: missing; download it from the model's repository"
+        raise MissingConfigError(message) from None
+
+
+def _open_shard(source: Directory, name: str, opened: ExitStack) -> int:
+    try:
+        descriptor = source.open(name)
+    except FileNotFoundError:
+        message = f"{source.show(name)}: missing, though the checkpoint names it; download it"
+        raise MissingShardError(message) from None
+    opened.callback(os.close, descriptor)
+    return descriptor
+
+
+def _holders(headers: Mapping[str, Header]) -> dict[str, tuple[str, ...]]:
+    holders: dict[str, tuple[str, ...]] = {}
+    for shard, header in headers.items():
+        for tensor in header.tensors:
+            holders[tensor] = (*holders.get(tensor, ()), shard)
+    return holders

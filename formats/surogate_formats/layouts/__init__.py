@@ -1,0 +1,75 @@
+"""The layouts by name. A new layout is one module, one row in `LAYOUTS` and one in `QUANT_METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surogate_formats.errors import UsageError
+from surogate_formats.format import Format
+from surogate_formats.layouts.compressed_tensors import CompressedTensorsLayout
+from surogate_formats.layouts.hf_fp8 import HfFp8Layout
+from surogate_formats.layouts.layout import (
+    Config,
+    Layout,
+    LayoutRefusesError,
+    StoredTensor,
+    UnreadableConfigError,
+    pack,
+    stored_tensors,
+    unpack,
+)
+from surogate_formats.layouts.surogate import SurogateLayout
+from surogate_formats.registry import make_format
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "LayoutRefusesError",
+    "StoredTensor",
+    "UnreadableConfigError",
+    "layout_of_config",
+    "pack",
+    "settle",
+    "stored_tensors",
+    "unpack",
+]
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (SurogateLayout(), CompressedTensorsLayout(), HfFp8Layout())
+}
+"""Layouts by the name that `--layout` takes; the first that accepts a format is its default."""
+
+QUANT_METHODS = {"surogate": "surogate", "compressed-tensors": "compressed-tensors", "fp8": "hf-fp8"}
+"""The layout that each `quant_method` of config.json stands for."""
+
+
+def settle(name: str, parameters: Mapping[str, Any], layout: str | None = None) -> tuple[Format, Layout]:
+    """The format with these parameters in the layout of that name, by default in the first layout that takes it.
+
+    A layout may fix parameters that its readers need (`Layout.fixed`).
+
+    Raises:
+        LayoutRefusesError: the layout can't store this format; the message says why.
+        UsageError: an unknown format, layout, parameter or value.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    make_format(name, dict(parameters))
+    refusals = []
+    for candidate in LAYOUTS.values() if layout is None else (LAYOUTS[layout],):
+        fmt = make_format(name, {**candidate.fixed.get(name, {}), **parameters})
+        refusal = candidate.refusal(fmt)
+        if refusal is None:
+            return fmt, candidate
+        refusals.append(f"--layout {candidate.name}: {refusal}")
+    raise LayoutRefusesError(refusals[-1])
+
+
+def layout_of_config(config: object) -> Layout:
+    """The layout that a `quantization_config` is written in; `UnreadableConfigError` if we know none."""
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if not isinstance(method, str) or method not in QUANT_METHODS:
+        known = ", ".join(QUANT_METHODS)
+        raise UnreadableConfigError(f"quantization_config: quant_method {method!r} can't be read; known: {known}")
+    return LAYOUTS[QUANT_METHODS[method]]

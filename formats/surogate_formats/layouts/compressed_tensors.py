@@ -1,0 +1,90 @@
+"""Layout `compressed-tensors`: NVFP4, and FP8 by tensor or channel, weight only (transformers, vLLM, SGLang)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from surogate_formats.format import Format, Shape
+from surogate_formats.fp8 import FP8
+from surogate_formats.layouts.layout import Config, UnreadableConfigError, expect, module_names
+from surogate_formats.nvfp4 import BLOCK, NVFP4
+
+_NVFP4_WEIGHTS: dict[str, Any] = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": BLOCK,
+    "symmetric": True,
+    "dynamic": False,
+    "scale_dtype": "torch.float8_e4m3fn",
+}
+_FP8_WEIGHTS: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+
+
+class CompressedTensorsLayout:
+    """`P.weight_packed`, `P.weight_scale`, `P.weight_global_scale` (a divisor), or `P.weight` and `P.weight_scale`."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    suffixes: ClassVar[dict[str, dict[str, str]]] = {
+        "fp4": {"codes": "weight_packed", "scale": "weight_scale", "global_scale": "weight_global_scale"},
+        "fp8": {"codes": "weight", "scale": "weight_scale"},
+    }
+
+    fixed: ClassVar[dict[str, dict[str, Any]]] = {"fp8": {"scale_dtype": "bfloat16"}}
+
+    def refusal(self, fmt: Format) -> str | None:
+        """FP8 tiles load in neither transformers' nor vLLM's weight-only path; scales must be exact in bfloat16."""
+        if fmt.name not in self.suffixes:
+            return f"{fmt.name} has no layout compressed-tensors"
+        if isinstance(fmt, FP8) and fmt.scaling == "block":
+            return "vLLM fails on weight-only FP8 tiles in compressed-tensors: use --layout hf-fp8"
+        if isinstance(fmt, FP8) and fmt.scale_dtype != "bfloat16":
+            return "transformers rounds these FP8 scales to the model's dtype: scale_dtype must be bfloat16"
+        return None
+
+    def keep_reason(self, fmt: Format, shape: Shape) -> str | None:
+        """What the format takes, the readers take."""
+        return None
+
+    def quantization_config(self, fmt: Format, kept: Sequence[str]) -> Config:
+        """One weight-only group for all linears, and what was kept by full name."""
+        if isinstance(fmt, FP8):
+            packing, weights = "float-quantized", {**_FP8_WEIGHTS, "strategy": fmt.scaling}
+        else:
+            packing, weights = "nvfp4-pack-quantized", _NVFP4_WEIGHTS
+        group = {
+            "targets": ["Linear"],
+            "format": packing,
+            "weights": dict(weights),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": packing,
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": list(kept),
+            "config_groups": {"group_0": group},
+        }
+
+    def parse_config(self, config: Config) -> tuple[Format, list[str]]:
+        """Reads one weight-only group over all linears; anything else is refused by name."""
+        expect(config, "quantization_status", "compressed")
+        packing = expect(config, "format", "float-quantized", "nvfp4-pack-quantized")
+        groups = config.get("config_groups")
+        group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+        if not isinstance(group, dict):
+            raise UnreadableConfigError("quantization_config: config_groups must hold exactly one group")
+        if group.get("targets") != ["Linear"] or group.get("input_activations"):
+            raise UnreadableConfigError("quantization_config: only weight-only groups over Linear can be read")
+        weights = group.get("weights")
+        if not isinstance(weights, dict):
+            raise UnreadableConfigError("quantization_config: the group doesn't say what weights are")
+        kept = module_names(config, "ignore")
+        if packing == "nvfp4-pack-quantized":
+            expect(weights, "group_size", BLOCK)
+            return NVFP4(), kept
+        return FP8(scaling=expect(weights, "strategy", "tensor", "channel"), scale_dtype="bfloat16"), kept

@@ -1,0 +1,63 @@
+"""Layout `surogate`: NF4 with the specification's double quantization; read by surogate_load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from surogate_formats.errors import UsageError
+from surogate_formats.format import Format, Shape, to_dict
+from surogate_formats.layouts.layout import Config, UnreadableConfigError, expect, module_names
+from surogate_formats.registry import make_format
+
+VERSION = 1
+
+_OWN_KEYS = ("quant_method", "format", "layout_version", "modules_to_not_convert")
+
+
+class SurogateLayout:
+    """Companions stand beside the weight under its name: `P.weight`, `P.weight_absmax`, ...
+
+    Underscores, since the name of a torch parameter can't hold a dot.
+    """
+
+    name: ClassVar[str] = "surogate"
+    suffixes: ClassVar[dict[str, dict[str, str]]] = {
+        "nf4": {
+            "codes": "weight",
+            "absmax": "weight_absmax",
+            "absmax_scale": "weight_absmax_scale",
+            "absmax_offset": "weight_absmax_offset",
+        }
+    }
+
+    fixed: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def refusal(self, fmt: Format) -> str | None:
+        """Every NF4 has a place."""
+        return None if fmt.name in self.suffixes else f"{fmt.name} has no layout surogate"
+
+    def keep_reason(self, fmt: Format, shape: Shape) -> str | None:
+        """No shape is a problem to our own reader."""
+        return None
+
+    def quantization_config(self, fmt: Format, kept: Sequence[str]) -> Config:
+        """`quant_method: surogate`, the format's parameters, and what was kept."""
+        parameters: dict[str, Any] = to_dict(fmt)
+        return {
+            "quant_method": "surogate",
+            "format": parameters.pop("name"),
+            "layout_version": VERSION,
+            **parameters,
+            "modules_to_not_convert": list(kept),
+        }
+
+    def parse_config(self, config: Config) -> tuple[Format, list[str]]:
+        """Reads what `quantization_config` wrote, of this version."""
+        expect(config, "layout_version", VERSION)
+        name = expect(config, "format", *self.suffixes)
+        parameters = {key: value for key, value in config.items() if key not in _OWN_KEYS}
+        try:
+            return make_format(name, parameters), module_names(config, "modules_to_not_convert")
+        except UsageError as error:
+            raise UnreadableConfigError(f"quantization_config: {error}") from error

@@ -1,0 +1,143 @@
+"""NVFP4: E2M1 codes, an E4M3 scale a block of 16, one float32 scale a tensor; optionally Four-Over-Six."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surogate_formats.format import Parts, Shape, TensorSpec, check_choice, largest_magnitude
+from surogate_formats.rounding import from_e2m1_codes, pack_nibbles, to_e2m1_codes, to_e4m3, unpack_nibbles
+from surogate_formats.tables import E2M1_MAX, E4M3_MAX, E4M3_MIN
+
+F32 = NDArray[np.float32]
+
+BLOCK = 16
+"""Values along K that share a scale; with 2-D scaling also rows."""
+
+LARGEST_GLOBAL_SCALE = np.float32(2.0**123)
+
+
+@dataclass(frozen=True)
+class NVFP4:
+    """NVFP4 with the global scale g as a divisor: W = e2m1 * (scale / global_scale).
+
+    Parts of a weight [N, K], K a multiple of 16:
+        codes: U8 [N, K/2], value 2i in the low nibble.
+        scale: F8_E4M3 [N, K/16]; with 2-D scaling each tile's scale stands in all of its 16 rows.
+        global_scale: F32 [1].
+
+    Attributes:
+        two_d: one scale a 16x16 tile (W and its transpose then share codes) instead of one a 1x16 block.
+        four_over_six: each block takes the better of the scales that map its largest value to 6 or to 4
+            (arXiv:2512.02010).
+        metric: the error by which Four-Over-Six chooses, over the block in the original domain.
+        global_scale: `pow2` rounds g down to a power of two, which makes every dequantized value exact in bfloat16;
+            `amax` is the rule of the peers.
+    """
+
+    name: ClassVar[str] = "fp4"
+    shares_amax: ClassVar[bool] = True
+
+    two_d: bool = True
+    four_over_six: bool = True
+    metric: Literal["mse", "l1", "absmax"] = "mse"
+    global_scale: Literal["pow2", "amax"] = "pow2"
+
+    def __post_init__(self) -> None:
+        """Refuses parameter values that the format doesn't have."""
+        check_choice(self.name, "metric", self.metric, ("mse", "l1", "absmax"))
+        check_choice(self.name, "global_scale", self.global_scale, ("pow2", "amax"))
+
+    def keep_reason(self, shape: Shape) -> str | None:
+        """Rows must divide into blocks of 16."""
+        return f"K = {shape[-1]} is not a multiple of 16" if shape[-1] % BLOCK else None
+
+    def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
+        """Dtype and shape of the parts."""
+        rows, columns = shape
+        return {
+            "codes": TensorSpec("U8", (rows, columns // 2)),
+            "scale": TensorSpec("F8_E4M3", (rows, columns // BLOCK)),
+            "global_scale": TensorSpec("F32", (1,)),
+        }
+
+    def divisor(self, amax: np.float32) -> np.float32:
+        """The global scale g: the reach of the codes (448 or 256, times 6) over the largest magnitude, capped."""
+        if amax == 0:
+            return np.float32(1)
+        reach = np.float32(256 * 6 if self.four_over_six else 448 * 6)
+        with np.errstate(over="ignore"):
+            g = min(np.float32(reach / amax), LARGEST_GLOBAL_SCALE)
+        if self.global_scale == "amax":
+            return g
+        _, exponent = np.frexp(g)
+        return np.float32(np.ldexp(1.0, int(exponent) - 1))
+
+    def quantize(self, weight: F32, amax: np.float32 | None = None) -> Parts:
+        """Quantizes float32 [N, K]; `amax` is the fused group's largest magnitude, by default the weight's own."""
+        largest = largest_magnitude(weight)
+        g = self.divisor(largest if amax is None else amax)
+        tiles = self._tiles(weight)
+        block_amax: F32 = np.abs(tiles).max(axis=(1, 3), initial=0)
+        sixth = block_amax / E2M1_MAX * g
+        scale = _block_scale(sixth, block_amax)
+        codes, values = _round_tiles(tiles, scale, g)
+        if self.four_over_six:
+            scale_4 = _block_scale(np.float32(1.5) * sixth, block_amax)
+            codes_4, values_4 = _round_tiles(tiles, scale_4, g)
+            four = block_error(values_4, tiles, self.metric) < block_error(values, tiles, self.metric)
+            scale = np.where(four, scale_4, scale)
+            codes = np.where(four[:, None, :, None], codes_4, codes)
+        rows, columns = weight.shape
+        stored = np.repeat(to_e4m3(scale), tiles.shape[1], axis=0)[:rows]
+        flat = codes.reshape(-1, columns)[:rows]
+        return {
+            "codes": pack_nibbles(flat, first_high=False),
+            "scale": stored,
+            "global_scale": np.array([g], dtype=np.float32),
+        }
+
+    def dequantize(self, parts: Parts, shape: Shape) -> F32:
+        """float32 [N, K]: fl(e2m1 * fl(scale / g))."""
+        values = from_e2m1_codes(unpack_nibbles(parts["codes"], shape[-1], first_high=False))
+        g: F32 = parts["global_scale"]
+        step = parts["scale"].astype(np.float32) / g
+        return (values.reshape(*step.shape, BLOCK) * step[..., None]).reshape(shape)
+
+    def _tiles(self, weight: F32) -> F32:
+        height = BLOCK if self.two_d else 1
+        rows, columns = weight.shape
+        padded = np.pad(weight, ((0, -rows % height), (0, 0)))
+        return padded.reshape(-1, height, columns // BLOCK, BLOCK)
+
+
+def _block_scale(wanted: F32, block_amax: F32) -> F32:
+    scale = to_e4m3(np.minimum(wanted, E4M3_MAX)).astype(np.float32)
+    floored: F32 = np.where(block_amax > 0, np.maximum(scale, E4M3_MIN), np.float32(0))
+    return floored
+
+
+def _round_tiles(tiles: F32, scale: F32, g: np.float32) -> tuple[NDArray[np.uint8], F32]:
+    step: F32 = (scale / g)[:, None, :, None]
+    divisor: F32 = np.where(step == 0, np.float32(1), step)
+    codes = np.where(step == 0, np.uint8(0), to_e2m1_codes(tiles / divisor))
+    return codes, from_e2m1_codes(codes) * step
+
+
+def block_error(values: F32, tiles: F32, metric: str) -> F32:
+    """The error of each tile, float32 [row tiles, blocks], of two float32 [row tiles, height, blocks, 16].
+
+    Sums run in float32 in element order, row by row, so that every implementation chooses alike.
+    """
+    with np.errstate(over="ignore"):
+        difference = np.abs(values - tiles)
+        terms = difference * difference if metric == "mse" else difference
+        total = np.zeros((tiles.shape[0], tiles.shape[2]), dtype=np.float32)
+        for row in range(tiles.shape[1]):
+            for column in range(BLOCK):
+                term = terms[:, row, :, column]
+                total = np.maximum(total, term) if metric == "absmax" else total + term
+    return total
