@@ -10,7 +10,6 @@ from surogate_formats.format import Format
 from surogate_formats.layouts.compressed_tensors import CompressedTensorsLayout
 from surogate_formats.layouts.hf_fp8 import HfFp8Layout
 from surogate_formats.layouts.layout import (
-    Config,
     Layout,
     LayoutRefusesError,
     StoredTensor,
