@@ -1,0 +1,68 @@
+"""What a run can tell the user about the choice of format, from figures measured on the user's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.dtypes import NUMPY
+from surogate_formats.format import Format
+from surogate_formats.nvfp4 import NVFP4
+from surogate_formats.recipe import Recipe
+from surogate_quantize.engine import CpuEngine
+from surogate_quantize.options import Options
+from surogate_quantize.pieces import Source
+from surogate_quantize.plan import Plan, PlannedTensor
+
+SAMPLE = 3
+"""Weights that are quantized both ways to compare: the first, the middle and the last."""
+
+
+def _one_dimensional(fmt: NVFP4, recipe: Recipe) -> Format | None:
+    """2-D scales buy a transpose that only recipe nvfp4 needs."""
+    return replace(fmt, two_d=False) if fmt.two_d and recipe.name != "nvfp4" else None
+
+
+ALTERNATIVES: dict[str, tuple[Callable[..., Format | None], str]] = {
+    "fp4": (_one_dimensional, "with --1d the relative error is {other:.4f} instead of {own:.4f} (on {n} weights); "
+    "recipe {recipe} does not need 2-D scales"),
+}  # fmt: skip
+"""By format name: a format that the recipe may be better off with, and how to say so."""
+
+
+class Comparison:
+    """Compares the chosen format with its alternative on a sample of the weights."""
+
+    def __init__(self, engine: CpuEngine, options: Options) -> None:
+        """Takes the alternative from `ALTERNATIVES`."""
+        self._engine = engine
+        self._options = options
+
+    def advice(self, source: Checkpoint, made: Plan) -> list[str]:
+        """A line for the summary if the alternative's measured error is smaller; else none."""
+        if self._options.format.name not in ALTERNATIVES:
+            return []
+        alternative, words = ALTERNATIVES[self._options.format.name]
+        other_format = alternative(self._options.format, self._options.recipe)
+        if other_format is None:
+            return []
+        weights = made.quantized
+        sample = sorted({0, len(weights) // 2, len(weights) - 1})[:SAMPLE]
+        own = self._error(source, [weights[i] for i in sample], self._options.format)
+        other = self._error(source, [weights[i] for i in sample], other_format)
+        if other >= own:
+            return []
+        return [words.format(own=own, other=other, n=len(sample), recipe=self._options.recipe.name)]
+
+    def _error(self, source: Checkpoint, weights: list[PlannedTensor], fmt: Format) -> float:
+        error = square = 0.0
+        for tensor in weights:
+            array = np.empty(tensor.info.shape, NUMPY[tensor.info.dtype])
+            source.read_into(tensor.info.name, array.reshape(-1).view(np.uint8).data)
+            weight = Source.of(array, tensor.info.dtype)
+            _, errors = self._engine.quantize(fmt, weight, self._engine.amax(weight))
+            error, square = error + errors.squared_error, square + errors.squared_sum
+        return float((error / square) ** 0.5) if square else 0.0

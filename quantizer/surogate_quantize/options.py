@@ -1,0 +1,131 @@
+"""What a run is asked to do: everything that can change a byte of the artifact, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from surogate_formats.errors import UsageError
+from surogate_formats.format import Format, to_dict
+from surogate_formats.layouts import Layout, settle
+from surogate_formats.recipe import Recipe, check_compatible
+from surogate_formats.training_config import Lora, TrainingConfig
+from surogate_quantize.skip_options import SkipOptions
+
+DEFAULT_MAX_SHARD_SIZE = 5 * 1000**3
+"""Bytes; the shard size of transformers and the Hub."""
+
+_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class BadSizeError(UsageError):
+    """A size that can't be read, or is not positive."""
+
+
+class NoFormatError(UsageError):
+    """Neither `--format` nor the training file names a format."""
+
+
+class ContradictingFormatError(UsageError):
+    """`--format` and the training file name different formats."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """A settled request.
+
+    Attributes:
+        format: the format with its parameters.
+        layout: where its parts go.
+        skip: what stays unquantized on the user's word.
+        recipe, lora: kept in the artifact as defaults for training.
+        max_shard_size: bytes of payload that a shard may hold; a single weight may exceed it.
+    """
+
+    format: Format
+    layout: Layout
+    skip: SkipOptions = field(default_factory=SkipOptions)
+    recipe: Recipe = field(default_factory=Recipe)
+    lora: Lora = field(default_factory=Lora)
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
+
+    def recorded(self) -> dict[str, Any]:
+        """The options as they stand in the manifest, JSON-ready."""
+        return {
+            "format": to_dict(self.format),
+            "layout": self.layout.name,
+            "skip_first_layers": self.skip.first_layers,
+            "skip_last_layers": self.skip.last_layers,
+            "skip": list(self.skip.patterns),
+            "max_shard_size": self.max_shard_size,
+            "recipe": asdict(self.recipe),
+            "lora": asdict(self.lora),
+        }
+
+
+def make_options(
+    format_name: str | None,
+    parameters: Mapping[str, Any],
+    layout: str | None = None,
+    *,
+    training: TrainingConfig | None = None,
+    skip_first_layers: int | None = None,
+    skip_last_layers: int | None = None,
+    skip: tuple[str, ...] = (),
+    max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+) -> Options:
+    """Settles arguments and a training file into options; an argument that is given wins over the file.
+
+    Args:
+        format_name: `nf4`, `fp4` or `fp8`; None takes the training file's.
+        parameters: the format's parameters that are given.
+        layout: a layout's name; None takes the format's default.
+        training: the training file, if there is one.
+        skip_first_layers: decoder blocks kept at the start; None takes the training file's.
+        skip_last_layers: the same at the end.
+        skip: patterns, added to the defaults.
+        max_shard_size: bytes, or a text such as `5GB`.
+
+    Raises:
+        UsageError: no format, two formats, or a parameter, layout or recipe that doesn't go with the format.
+    """
+    training = training or TrainingConfig()
+    if format_name and training.format_name and format_name != training.format_name:
+        raise ContradictingFormatError(
+            f"--format {format_name}, but the training file asks for {training.format_name}; leave one of them out"
+        )
+    name = format_name or training.format_name
+    if name is None:
+        raise NoFormatError("no format: give --format nf4, fp4 or fp8, or a --config that turns one on")
+    fmt, chosen = settle(name, {**training.parameters, **parameters}, layout)
+    check_compatible(name, training.recipe)
+    first = training.skip_first_layers if skip_first_layers is None else skip_first_layers
+    last = training.skip_last_layers if skip_last_layers is None else skip_last_layers
+    return Options(
+        format=fmt,
+        layout=chosen,
+        skip=SkipOptions(first, last, tuple(skip)),
+        recipe=training.recipe,
+        lora=training.lora,
+        max_shard_size=parse_size(max_shard_size),
+    )
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or a text such as `500MB` (decimal) or `2GiB` (binary).
+
+    Raises:
+        BadSizeError: not such a text, or not positive.
+    """
+    text = str(size).strip()
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text[len(digits) :].strip().upper()
+    try:
+        number = round(float(digits) * _SIZE_UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise BadSizeError(f"size {text!r}: write a number and a unit, such as 5GB or 500MiB") from None
+    if number <= 0:
+        raise BadSizeError(f"size {text!r}: must be positive")
+    return number

@@ -1,0 +1,144 @@
+"""The output directory: nothing half-written is ever taken for whole, and a failed run leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from surogate_formats.errors import SurogateError, UsageError
+from surogate_formats.manifest import MANIFEST_NAME
+
+STAGING = ".surogate-staging"
+"""Folder inside the output directory where files grow; a finished artifact has none."""
+
+_LAST = ("config.json", MANIFEST_NAME)
+"""Renamed last, in this order: without them no loader takes the directory for a model."""
+
+
+class OutputExistsError(UsageError):
+    """`--out` is a file, or holds something that we would mix with or destroy."""
+
+
+class OutputInSourceError(UsageError):
+    """`--out` is the source, inside it, or around it."""
+
+
+class DiskFullError(SurogateError):
+    """The disk has no room for the artifact."""
+
+
+class OutputNotWritableError(SurogateError):
+    """The output directory can't be made or written to."""
+
+
+def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
+    """Refuses an output directory that would harm something; touches nothing.
+
+    Raises:
+        OutputInSourceError: see the class.
+        OutputExistsError: see the class; with `overwrite` only a directory that is no artifact of ours.
+    """
+    here, there = out.resolve(), source.resolve()
+    if here == there or there in here.parents or here in there.parents:
+        raise OutputInSourceError(f"--out {out}: overlaps with the source {source}; choose a directory beside it")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise OutputExistsError(f"--out {out}: is not a directory; choose another")
+    names = {entry.name for entry in out.iterdir()}
+    if names and not overwrite:
+        raise OutputExistsError(f"--out {out}: is not empty; choose another, or --overwrite to replace an artifact")
+    if names and not names & {MANIFEST_NAME, STAGING}:
+        raise OutputExistsError(f"--out {out}: holds no {MANIFEST_NAME}, so --overwrite won't touch it; choose another")
+
+
+@contextmanager
+def staged(out: Path, needed: int) -> Iterator[Path]:
+    """A staging folder whose files become the artifact when the block ends well, and vanish when it doesn't.
+
+    Args:
+        out: the output directory, checked by `check_output`.
+        needed: bytes that will be written.
+
+    Raises:
+        DiskFullError: too little room, seen before or while writing.
+        OutputNotWritableError: the directory can't be made or written to.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    staging = out / STAGING
+    try:
+        with _disk_errors(out):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            _check_room(out, needed)
+            yield staging
+            _publish(staging, out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir():
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"--out {out}: the disk is full; free some space or choose another disk") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise OutputNotWritableError(f"--out {out}: {error.strerror}; choose another directory") from error
+        raise
+
+
+def _check_room(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise DiskFullError(
+            f"--out {out}: {needed / 1e9:.2f} GB will be written, {free / 1e9:.2f} GB are free; choose another disk"
+        )
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Takes an old artifact's marks away first and gives the new ones last, so that no moment shows a mix of both."""
+    fresh = {entry.name for entry in staging.iterdir()}
+    for name in reversed(_LAST):
+        (out / name).unlink(missing_ok=True)
+    sync_directory(out)
+    for entry in out.iterdir():
+        if entry.name != STAGING and entry.name not in fresh:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for name in [*sorted(fresh - set(_LAST)), *_LAST]:
+        target = out / name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        (staging / name).replace(target)
+        if name in _LAST:
+            sync_directory(out)
+    staging.rmdir()
+    sync_directory(out)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a small file and waits until the disk has it."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until the disk has the directory's entries; a no-op where directories can't be opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,153 @@
+"""How each format's work is cut into pieces for the CPU kernels; a new format is one function, one row in `CUTTERS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surogate_formats.dtypes import NUMPY
+from surogate_formats.format import Format, Parts
+from surogate_formats.fp8 import FP8, TILE
+from surogate_formats.nf4 import BLOCKS_PER_GROUP, NF4
+from surogate_formats.nvfp4 import BLOCK, NVFP4
+from surogate_quantize.kernels.source import INFINITY_BITS, KINDS, RAW_DTYPES
+
+Sums = tuple[int, int, int]
+"""Squared error and squared sum in units, and the float32 bits of the largest error (`kernels.errors`)."""
+
+Work: TypeAlias = Callable[[], Sums]
+
+PIECE = 2**19
+"""Values in a piece, about: enough to keep a thread busy for a millisecond, few enough to share a weight out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source weight [N, K] by its bits.
+
+    Attributes:
+        raw: uint16 or uint32 [N, K].
+        dtype: the safetensors dtype that the bits are of.
+    """
+
+    raw: NDArray[Any]
+    dtype: str
+
+    @classmethod
+    def of(cls, weight: NDArray[Any], dtype: str) -> Source:
+        """Wraps an array of the source's own dtype."""
+        return cls(weight.view(RAW_DTYPES[dtype]), dtype)
+
+    @property
+    def kind(self) -> int:
+        """How kernels read the bits."""
+        return KINDS[self.dtype]
+
+    @property
+    def mask(self) -> Any:
+        """All bits but the sign, in the dtype of `raw`."""
+        return self.raw.dtype.type(2 ** (8 * self.raw.itemsize - 1) - 1)
+
+    @property
+    def infinity(self) -> int:
+        """Magnitude bits from here on are not finite."""
+        return INFINITY_BITS[self.dtype]
+
+    def magnitudes(self, bits: NDArray[Any]) -> NDArray[np.float32]:
+        """float32 of magnitude bits in the source's dtype."""
+        return bits.view(NUMPY[self.dtype]).astype(np.float32)
+
+
+def cut(fmt: Format, source: Source, amax: np.float32, unit: np.float32) -> tuple[Parts, list[Work]]:
+    """Empty parts for the whole weight, and the pieces of work that fill them; the cuts depend on the shape alone.
+
+    Args:
+        fmt: the format.
+        source: the weight.
+        amax: the largest magnitude of its fused group.
+        unit: error units in 1 (`kernels.errors`).
+    """
+    parts: Parts = {
+        part: np.empty(spec.shape, NUMPY[spec.dtype]) for part, spec in fmt.part_specs(source.raw.shape).items()
+    }
+    return parts, list(CUTTERS[fmt.name](fmt, source, parts, amax, unit))
+
+
+def _nf4(fmt: NF4, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Iterator[Work]:
+    from surogate_quantize.kernels.nf4 import quantize_nf4
+
+    flat, codes = source.raw.reshape(-1), parts["codes"].reshape(-1)
+    double = fmt.double_quant != "none"
+    nothing: Parts = {"u8": np.empty(0, np.uint8), "f32": np.empty(0, np.float32)}
+    span = fmt.block_size * BLOCKS_PER_GROUP
+    step = max(PIECE // span, 1)
+    for group in range(0, -(-flat.size // span), step):
+        values = slice(group * span, (group + step) * span)
+        blocks = slice(group * BLOCKS_PER_GROUP, (group + step) * BLOCKS_PER_GROUP)
+        groups = slice(group, group + step)
+        outputs = (
+            codes[values.start // 2 : -(-values.stop // 2)],
+            parts["absmax"][blocks] if double else nothing["u8"],
+            nothing["f32"] if double else parts["absmax"][blocks],
+            parts["absmax_scale"][groups] if double else nothing["f32"],
+            parts["absmax_offset"][groups] if double else nothing["f32"],
+        )
+        yield _bound(quantize_nf4, flat[values], source.kind, fmt.block_size, double, unit, *outputs)
+
+
+def _nvfp4(fmt: NVFP4, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Iterator[Work]:
+    from surogate_quantize.kernels.nvfp4 import METRICS, quantize_nvfp4
+
+    g = fmt.divisor(amax)
+    parts["global_scale"][0] = g
+    scale = parts["scale"].view(np.uint8)
+    height = BLOCK if fmt.two_d else 1
+    for rows in _bands(source.raw.shape, BLOCK):
+        yield _bound(
+            quantize_nvfp4, source.raw[rows], source.kind, height, g, fmt.four_over_six, METRICS[fmt.metric], unit,
+            parts["codes"][rows], scale[rows],
+        )  # fmt: skip
+
+
+def _fp8(fmt: FP8, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Iterator[Work]:
+    from surogate_quantize.kernels.fp8 import quantize_fp8, tile_amax_bits
+
+    rows, columns = source.raw.shape
+    height, width = {"tensor": (rows, columns), "channel": (1, columns), "block": (TILE, TILE)}[fmt.scaling]
+    codes = parts["codes"].view(np.uint8)
+
+    def work(band: slice) -> Sums:
+        raw = source.raw[band]
+        if fmt.scaling == "tensor":
+            scale = fmt.scales(np.full((1, 1), amax, np.float32))
+            stored = slice(None)
+        else:
+            bits = np.empty((-(-raw.shape[0] // height), -(-columns // width)), raw.dtype)
+            tile_amax_bits(raw, height, width, source.mask, bits)
+            scale = fmt.scales(source.magnitudes(bits))
+            stored = slice(band.start // height, band.start // height + len(scale))
+        parts["scale"][stored] = scale.reshape(parts["scale"][stored].shape)
+        sums: Sums = quantize_fp8(raw, source.kind, scale, height, width, unit, codes[band])
+        return sums
+
+    for band in _bands(source.raw.shape, TILE if fmt.scaling == "block" else 1):
+        yield _bound(work, band)
+
+
+def _bands(shape: tuple[int, ...], multiple: int) -> Iterator[slice]:
+    rows, columns = shape
+    step = max(PIECE // max(columns, 1) // multiple, 1) * multiple
+    for top in range(0, rows, step):
+        yield slice(top, min(top + step, rows))
+
+
+def _bound(function: Callable[..., Sums], *arguments: Any) -> Work:
+    return lambda: function(*arguments)
+
+
+CUTTERS: dict[str, Callable[..., Iterator[Work]]] = {"nf4": _nf4, "fp4": _nvfp4, "fp8": _fp8}
+"""By format name: a generator of the pieces of work that fill the parts of a weight."""

@@ -1,0 +1,172 @@
+"""The plan: what happens to every tensor of a source and where the result stands, from headers and config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from surogate_formats.checkpoint import Checkpoint, TensorInfo
+from surogate_formats.errors import SurogateError
+from surogate_formats.format import TensorSpec
+from surogate_formats.layouts import StoredTensor, stored_tensors
+from surogate_quantize.fused_groups import amax_groups
+from surogate_quantize.options import Options
+from surogate_quantize.selection import Decision, keep_groups_whole, select
+
+
+class AlreadyQuantizedError(SurogateError):
+    """The source is quantized already; quantizing again would lose accuracy without a word."""
+
+
+class NothingToQuantizeError(SurogateError):
+    """No tensor of the source would be quantized."""
+
+
+class NameClashError(SurogateError):
+    """Two tensors of the artifact would have the same name."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the source.
+
+    Attributes:
+        info: its name, dtype and shape.
+        decision: quantize it or keep it, and why.
+        stored: part name to where it stands in the artifact; a kept tensor has the one part `kept`.
+        shard: index of the output shard that holds all of them.
+        group: the tensors whose largest magnitude it shares, itself included.
+    """
+
+    info: TensorInfo
+    decision: Decision
+    stored: dict[str, StoredTensor]
+    shard: int
+    group: tuple[str, ...]
+
+    @property
+    def values(self) -> int:
+        """Number of values of the source tensor."""
+        return int(np.prod(self.info.shape, dtype=np.int64))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the artifact, companions included."""
+        return sum(stored.spec.nbytes for stored in self.stored.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a value."""
+        return 8 * self.stored_bytes / max(self.values, 1)
+
+    @property
+    def module(self) -> str:
+        """Full name of the module that owns the tensor."""
+        return self.info.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of the source in reading order, and the options that decided."""
+
+    options: Options
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def quantized(self) -> tuple[PlannedTensor, ...]:
+        """The tensors that are quantized."""
+        return tuple(tensor for tensor in self.tensors if tensor.decision.quantize)
+
+    @property
+    def shards(self) -> int:
+        """Number of output shards."""
+        return 1 + max(tensor.shard for tensor in self.tensors)
+
+    def kept_modules(self) -> list[str]:
+        """Full names of the modules that loaders must leave alone: every kept weight of two or more axes.
+
+        A tied lm_head has no tensor of its own, but readers see its module, so it is listed too.
+        """
+        kept = [
+            tensor.module
+            for tensor in self.tensors
+            if not tensor.decision.quantize and len(tensor.info.shape) > 1 and tensor.info.name.endswith(".weight")
+        ]
+        return kept if "lm_head" in kept else [*kept, "lm_head"]
+
+
+def make_plan(source: Checkpoint, options: Options) -> Plan:
+    """Decides about every tensor; reads nothing but headers and config.
+
+    Raises:
+        AlreadyQuantizedError: the source is no plain checkpoint.
+        NothingToQuantizeError: every tensor would be kept; the message counts the reasons.
+        UsageError: a skip pattern or a number of layers that doesn't fit the model.
+    """
+    method = source.is_quantized()
+    if method is not None:
+        raise AlreadyQuantizedError(
+            f"{source.directory}: already quantized ({method}); start from the unquantized checkpoint"
+        )
+    decisions = _decide(source, options)
+    if not any(decision.quantize for decision in decisions.values()):
+        raise NothingToQuantizeError(f"{source.directory}: nothing to quantize: {_count_reasons(decisions)}")
+    quantized = [name for name, decision in decisions.items() if decision.quantize]
+    groups = amax_groups(quantized) if options.format.shares_amax else {}
+    tensors = _place(source, options, decisions, groups)
+    _check_names(tensors)
+    return Plan(options, tuple(tensors))
+
+
+def _decide(source: Checkpoint, options: Options) -> dict[str, Decision]:
+    tensors = {name: (entry.info.dtype, entry.info.shape) for name, entry in source.tensors.items()}
+    decisions = select(tensors, source.config, options.skip)
+    for name, decision in decisions.items():
+        if decision.quantize:
+            shape = tensors[name][1]
+            reason = options.format.keep_reason(shape) or options.layout.keep_reason(options.format, shape)
+            if reason:
+                decisions[name] = Decision(quantize=False, reason=reason)
+    return keep_groups_whole(decisions)
+
+
+def _count_reasons(decisions: dict[str, Decision]) -> str:
+    counts: dict[str, int] = {}
+    for decision in decisions.values():
+        counts[decision.reason] = counts.get(decision.reason, 0) + 1
+    most = sorted(counts.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{count} kept for {reason!r}" for reason, count in most)
+
+
+def _place(
+    source: Checkpoint, options: Options, decisions: dict[str, Decision], groups: dict[str, tuple[str, ...]]
+) -> list[PlannedTensor]:
+    """Fills shards in reading order; all companions of a weight stand in one."""
+    placed: list[PlannedTensor] = []
+    shard, used = 0, 0
+    for name, entry in source.tensors.items():
+        info = entry.info
+        if decisions[name].quantize:
+            module = name.removesuffix(".weight")
+            stored = stored_tensors(options.layout, options.format, module, info.shape)
+        else:
+            stored = {"kept": StoredTensor(name, TensorSpec(info.dtype, info.shape))}
+        tensor = PlannedTensor(info, decisions[name], stored, shard, groups.get(name, (name,)))
+        if used and used + tensor.stored_bytes > options.max_shard_size:
+            shard, used = shard + 1, 0
+            tensor = replace(tensor, shard=shard)
+        used += tensor.stored_bytes
+        placed.append(tensor)
+    return placed
+
+
+def _check_names(tensors: list[PlannedTensor]) -> None:
+    seen: dict[str, str] = {}
+    for tensor in tensors:
+        for stored in tensor.stored.values():
+            if stored.name in seen:
+                raise NameClashError(
+                    f"{stored.name}: both {seen[stored.name]} and {tensor.info.name} would be stored under this name"
+                )
+            seen[stored.name] = tensor.info.name

@@ -1,0 +1,111 @@
+"""One run from source to artifact: the Python function behind the command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.format import to_dict
+from surogate_formats.manifest import MANIFEST_NAME, Manifest
+from surogate_quantize.advice import Comparison
+from surogate_quantize.engine import CpuEngine
+from surogate_quantize.options import Options
+from surogate_quantize.output import check_output, staged, sync_directory, write_synced
+from surogate_quantize.plan import Plan, PlannedTensor, make_plan
+from surogate_quantize.sidecars import carry_over, quantized_config, shard_index, shard_names
+from surogate_quantize.stream import Result, run_stream
+from surogate_quantize.summary import RunSummary, summarize_run
+from surogate_quantize.version import VERSION
+
+HEADER_ROOM = 64 << 20
+"""Bytes of free disk asked for beyond the tensors: headers, manifest, tokenizer."""
+
+Watch = Callable[[Plan], Callable[[PlannedTensor], None]]
+"""Told the plan before the first tensor; returns what is called after each."""
+
+
+def plan(model: str | Path, options: Options) -> Plan:
+    """What `quantize` would do: reads headers and config only.
+
+    Raises:
+        CheckpointError: the source is not what it claims to be.
+        SurogateError: see `surogate_quantize.plan.make_plan`.
+    """
+    with Checkpoint.open(model) as source:
+        return make_plan(source, options)
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    options: Options,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> RunSummary:
+    """Quantizes a checkpoint into an artifact.
+
+    Args:
+        model: directory of a Hugging Face checkpoint in safetensors.
+        out: directory of the artifact; must not exist, or be empty.
+        options: what to do.
+        workers: threads; None takes one a CPU.
+        overwrite: replace an artifact that stands in `out`, once the new one is complete.
+        watch: for progress bars.
+
+    Raises:
+        SurogateError: see the classes of `surogate_quantize` and `surogate_formats`; nothing is left in `out` then.
+    """
+    started = time.perf_counter()
+    source_path, out_path = Path(model), Path(out)
+    with ExitStack() as stack:
+        source = stack.enter_context(Checkpoint.open(source_path))
+        check_output(out_path, source_path, overwrite=overwrite)
+        made = make_plan(source, options)
+        engine = stack.enter_context(CpuEngine(workers))
+        comparison = Comparison(engine, options)
+        needed = sum(tensor.stored_bytes for tensor in made.tensors) + HEADER_ROOM
+        staging = stack.enter_context(staged(out_path, needed))
+        names = shard_names(made.shards)
+        progress = watch(made) if watch else lambda tensor: None
+        results = run_stream(source, made, engine, [staging / name for name in names], progress)
+        if len(names) > 1:
+            write_synced(staging / "model.safetensors.index.json", shard_index(made, names))
+        carried = carry_over(source_path, staging)
+        write_synced(staging / "config.json", quantized_config(dict(source.config), made))
+        write_synced(staging / MANIFEST_NAME, make_manifest(source, made, results).to_json().encode())
+        sync_directory(staging)
+        advice = comparison.advice(source, made)
+    seconds = time.perf_counter() - started
+    return summarize_run(made, results, out=str(out), seconds=seconds, carried=carried, advice=advice)
+
+
+def make_manifest(source: Checkpoint, made: Plan, results: Mapping[str, Result]) -> Manifest:
+    """Everything that determines the artifact's bytes, and the proof of them."""
+    name, revision = source_identity(source.directory)
+    return Manifest(
+        tool_version=VERSION,
+        source=name,
+        revision=revision,
+        files=source.files,
+        format=to_dict(made.options.format),
+        layout=made.options.layout.name,
+        options=made.options.recorded(),
+        recipe=asdict(made.options.recipe),
+        lora=asdict(made.options.lora),
+        tensors={tensor.info.name: results[tensor.info.name].record for tensor in made.tensors},
+    )
+
+
+def source_identity(directory: Path) -> tuple[str, str | None]:
+    """Name and revision of a source: from the path of a Hub cache's snapshot, else the directory's name alone."""
+    path = directory.absolute()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/"), path.name
+    return path.resolve().name, None
