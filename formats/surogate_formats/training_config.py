@@ -135,6 +135,9 @@ KEYS: dict[str, _Key] = {
 _OURS = ("qlora_", "fp8_", "fp4_", "skip_quant_", "amax_")
 """A key that starts so and is not in `KEYS` would change what is quantized: it is never passed over."""
 
+_LOOKALIKES = frozenset({"local_rank"})
+"""Keys of real trainers that are as near to one of ours as a misspelling."""
+
 
 class _StrictLoader(yaml.SafeLoader):
     """Plain data only: no anchors (a page of them can expand to gigabytes) and no key twice."""
@@ -192,7 +195,7 @@ def _read(path: Path) -> dict[Any, Any]:
 
 def _check_foreign(path: Path, key: Any, strict: bool) -> None:
     name = str(key)
-    near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.84)
+    near = difflib.get_close_matches(name.lower(), KEYS, n=1, cutoff=0.84) if name not in _LOOKALIKES else []
     if not near and name.startswith(_OURS):
         near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0)
     if near:

@@ -33,6 +33,18 @@ ALTERNATIVES: dict[str, tuple[Callable[..., Format | None], str]] = {
 """By format name: a format that the recipe may be better off with, and how to say so."""
 
 
+def warnings_before(source: Checkpoint, made: Plan) -> list[str]:
+    """What the user should know that follows from headers and options alone."""
+    lines = []
+    if source.unused:
+        lines.append(f"not part of the checkpoint, left out: {', '.join(source.unused)}")
+    options = made.options
+    danger = options.layout.expert_warnings.get(options.format.name)
+    if danger and any(".experts." in tensor.info.name for tensor in made.quantized):
+        lines.append(danger)
+    return lines
+
+
 class Comparison:
     """Compares the chosen format with its alternative on a sample of the weights."""
 

@@ -102,7 +102,7 @@ def _run(out: Out, arguments: dict[str, Any]) -> None:
     if model is None:
         raise click.UsageError("Missing argument 'MODEL' (or a --config that names a model).")
     if arguments["dry_run"]:
-        out.plan(plan(model, options))
+        out.plan(*plan(model, options))
         return
     if arguments["out"] is None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,10 @@ class Out:
         """Something that may surprise; printed in every mode."""
         self.stderr.print(f"Warning: {text}", markup=False, style="yellow")
 
-    def plan(self, made: Plan) -> None:
+    def plan(self, made: Plan, warnings: Iterable[str]) -> None:
         """The result of a dry run."""
+        for line in warnings:
+            self.warning(line)
         if self.json_mode:
             print(json.dumps(plan_json(made), indent=2))
         elif not self.quiet:

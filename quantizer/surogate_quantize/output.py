@@ -92,9 +92,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(f"--out {out}: the disk is full; free some space or choose another disk") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise OutputNotWritableError(f"--out {out}: {error.strerror}; choose another directory") from error
-        raise
+        raise OutputNotWritableError(f"--out {out}: {error.strerror}; choose another directory") from error
 
 
 def _check_room(out: Path, needed: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,7 +114,8 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         )
     decisions = _decide(source, options)
     if not any(decision.quantize for decision in decisions.values()):
-        raise NothingToQuantizeError(f"{source.directory}: nothing to quantize: {_count_reasons(decisions)}")
+        reasons = "; ".join(f"{count} {reason}" for reason, count in count_reasons(decisions.values()).items())
+        raise NothingToQuantizeError(f"{source.directory}: nothing to quantize; all tensors are kept: {reasons}")
     quantized = [name for name, decision in decisions.items() if decision.quantize]
     groups = amax_groups(quantized) if options.format.shares_amax else {}
     tensors = _place(source, options, decisions, groups)
@@ -131,12 +135,10 @@ def _decide(source: Checkpoint, options: Options) -> dict[str, Decision]:
     return keep_groups_whole(decisions)
 
 
-def _count_reasons(decisions: dict[str, Decision]) -> str:
-    counts: dict[str, int] = {}
-    for decision in decisions.values():
-        counts[decision.reason] = counts.get(decision.reason, 0) + 1
-    most = sorted(counts.items(), key=lambda item: -item[1])[:4]
-    return ", ".join(f"{count} kept for {reason!r}" for reason, count in most)
+def count_reasons(decisions: Iterable[Decision]) -> dict[str, int]:
+    """How many tensors are kept for each reason, the commonest first; skipped layers count together."""
+    kept = (decision.reason for decision in decisions if not decision.quantize)
+    return dict(Counter(re.sub(r"^layer \d+ of (--skip)", r"\1", reason) for reason in kept).most_common())
 
 
 def _place(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -9,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.errors import SurogateError
 from surogate_formats.format import to_dict
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
-from surogate_quantize.advice import Comparison
+from surogate_quantize.advice import Comparison, warnings_before
 from surogate_quantize.engine import CpuEngine
 from surogate_quantize.options import Options
 from surogate_quantize.output import check_output, staged, sync_directory, write_synced
@@ -24,19 +26,27 @@ from surogate_quantize.version import VERSION
 HEADER_ROOM = 64 << 20
 """Bytes of free disk asked for beyond the tensors: headers, manifest, tokenizer."""
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What the name of a model on the Hub looks like."""
+
 Watch = Callable[[Plan], Callable[[PlannedTensor], None]]
 """Told the plan before the first tensor; returns what is called after each."""
 
 
-def plan(model: str | Path, options: Options) -> Plan:
-    """What `quantize` would do: reads headers and config only.
+class HubSourceError(SurogateError):
+    """MODEL names no directory, but could name a model on the Hub."""
+
+
+def plan(model: str | Path, options: Options) -> tuple[Plan, list[str]]:
+    """What `quantize` would do, and what the user should know about it: reads headers and config only.
 
     Raises:
         CheckpointError: the source is not what it claims to be.
         SurogateError: see `surogate_quantize.plan.make_plan`.
     """
-    with Checkpoint.open(model) as source:
-        return make_plan(source, options)
+    with open_source(model) as source:
+        made = make_plan(source, options)
+        return made, warnings_before(source, made)
 
 
 def quantize(
@@ -64,7 +74,7 @@ def quantize(
     started = time.perf_counter()
     source_path, out_path = Path(model), Path(out)
     with ExitStack() as stack:
-        source = stack.enter_context(Checkpoint.open(source_path))
+        source = stack.enter_context(open_source(model))
         check_output(out_path, source_path, overwrite=overwrite)
         made = make_plan(source, options)
         engine = stack.enter_context(CpuEngine(workers))
@@ -81,8 +91,24 @@ def quantize(
         write_synced(staging / MANIFEST_NAME, make_manifest(source, made, results).to_json().encode())
         sync_directory(staging)
         advice = comparison.advice(source, made)
+        advice += warnings_before(source, made)
     seconds = time.perf_counter() - started
     return summarize_run(made, results, out=str(out), seconds=seconds, carried=carried, advice=advice)
+
+
+def open_source(model: str | Path) -> Checkpoint:
+    """Opens a local checkpoint.
+
+    Raises:
+        HubSourceError: the name is one of a model on the Hub, which this version doesn't download.
+        CheckpointError: the directory is no checkpoint.
+    """
+    if not Path(model).exists() and HUB_ID.fullmatch(str(model)):
+        raise HubSourceError(
+            f"{model}: no such directory; if it is a model on the Hub, download it first: "
+            f"hf download {model} --local-dir {Path(model).name}"
+        )
+    return Checkpoint.open(model)
 
 
 def make_manifest(source: Checkpoint, made: Plan, results: Mapping[str, Result]) -> Manifest:

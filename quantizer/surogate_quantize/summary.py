@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from surogate_formats.format import to_dict
 from surogate_quantize.engine import Errors
-from surogate_quantize.plan import Plan, PlannedTensor
+from surogate_quantize.plan import Plan, PlannedTensor, count_reasons
 from surogate_quantize.stream import Result
 
 SCHEMA_VERSION = 1
@@ -103,7 +102,7 @@ def summarize_plan(plan: Plan) -> PlanSummary:
         quantized_tensors=len(quantized),
         bits_per_weight=8 * sum(tensor.stored_bytes for tensor in quantized) / max(quantized_values, 1),
         model_bits_per_weight=8 * stored / max(values, 1),
-        kept=dict(Counter(t.decision.reason for t in plan.tensors if not t.decision.quantize).most_common()),
+        kept=count_reasons(tensor.decision for tensor in plan.tensors),
         shards=plan.shards,
     )
 

@@ -32,6 +32,10 @@ class CompressedTensorsLayout:
     }
 
     fixed: ClassVar[dict[str, dict[str, Any]]] = {"fp8": {"scale_dtype": "bfloat16"}}
+    expert_warnings: ClassVar[dict[str, str]] = {
+        "fp4": "transformers 5.24 reads fp4 experts in layout compressed-tensors wrongly and without an error "
+        "(huggingface/transformers#48371)"
+    }
 
     def refusal(self, fmt: Format) -> str | None:
         """FP8 tiles load in neither transformers' nor vLLM's weight-only path; scales must be exact in bfloat16."""

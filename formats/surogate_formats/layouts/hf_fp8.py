@@ -17,6 +17,7 @@ class HfFp8Layout:
     suffixes: ClassVar[dict[str, dict[str, str]]] = {"fp8": {"codes": "weight", "scale": "weight_scale_inv"}}
 
     fixed: ClassVar[dict[str, dict[str, Any]]] = {}
+    expert_warnings: ClassVar[dict[str, str]] = {}
 
     def refusal(self, fmt: Format) -> str | None:
         """Only tiles: vLLM doesn't know the other scalings under these names."""

@@ -30,6 +30,9 @@ class Layout(Protocol):
     fixed: ClassVar[dict[str, dict[str, Any]]]
     """Format name to the parameters that the layout's readers need, unless the user sets others."""
 
+    expert_warnings: ClassVar[dict[str, str]]
+    """Format name to what its readers get wrong about mixture-of-experts weights."""
+
     def refusal(self, fmt: Format) -> str | None:
         """Why the format with its parameters has no place in this layout; None if it has."""
         ...
