@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.errors import ArtifactError
+from surogate_formats.errors import ArtifactError, UsageError
 from surogate_formats.format import Format, Parts, Shape, TensorSpec
 from surogate_formats.layouts import Layout, layout_of_config, stored_tensors, unpack
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
@@ -45,7 +45,7 @@ class Artifact:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.manifest = manifest
-        self.layout: Layout = layout_of_config(self.config.get("quantization_config") or {})
+        self.layout: Layout = layout_of_config(self.config.get("quantization_config"))
         self.format: Format = from_dict(dict(manifest.format))
         self.recipe = Recipe(**manifest.recipe)
         self.modules: dict[str, Shape] = {
@@ -74,7 +74,12 @@ class Artifact:
         try:
             manifest_path = directory / MANIFEST_NAME
             manifest = Manifest.from_json(manifest_path.read_bytes(), str(manifest_path))
-            return cls(directory, checkpoint, manifest)
+            try:
+                return cls(directory, checkpoint, manifest)
+            except (UsageError, TypeError, ValueError, LookupError, AttributeError) as error:
+                raise ArtifactError(
+                    f"{manifest_path}: holds what surogate-quant never writes ({error}); quantize again"
+                ) from error
         except BaseException:
             checkpoint.close()
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from surogate_formats.checkpoint import SourceFile
@@ -39,12 +39,14 @@ class TensorRecord:
     max_error: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that determines the artifact's bytes, and the proof of them: no clock, host, path or token."""
 
+    schema_version: int = SCHEMA_VERSION
     tool_version: str
     source: str
+    revision: str | None = None
     files: tuple[SourceFile, ...]
     format: Mapping[str, Any]
     layout: str
@@ -52,8 +54,6 @@ class Manifest:
     recipe: Mapping[str, Any]
     lora: Mapping[str, Any]
     tensors: Mapping[str, TensorRecord]
-    revision: str | None = None
-    schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
         """The manifest's text; equal manifests have equal text."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from surogate_formats.errors import UsageError
-from surogate_formats.format import Format, to_dict
+from surogate_formats.format import Format
 from surogate_formats.layouts import Layout, settle
 from surogate_formats.recipe import Recipe, check_compatible
 from surogate_formats.training_config import Lora, TrainingConfig
@@ -52,16 +52,12 @@ class Options:
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
 
     def recorded(self) -> dict[str, Any]:
-        """The options as they stand in the manifest, JSON-ready."""
+        """What the manifest records beside format, layout, recipe and adapter; JSON-ready."""
         return {
-            "format": to_dict(self.format),
-            "layout": self.layout.name,
             "skip_first_layers": self.skip.first_layers,
             "skip_last_layers": self.skip.last_layers,
             "skip": list(self.skip.patterns),
             "max_shard_size": self.max_shard_size,
-            "recipe": asdict(self.recipe),
-            "lora": asdict(self.lora),
         }
 
 
