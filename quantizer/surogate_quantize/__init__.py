@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surogate_quantize.options import Options, make_options
-    from surogate_quantize.run import plan, quantize
+    from surogate_quantize.run import dry_run, quantize
 
-__all__ = ["Options", "make_options", "plan", "quantize"]
+__all__ = ["Options", "dry_run", "make_options", "quantize"]
 
 _HOMES = {
     "Options": "surogate_quantize.options",
     "make_options": "surogate_quantize.options",
-    "plan": "surogate_quantize.run",
+    "dry_run": "surogate_quantize.run",
     "quantize": "surogate_quantize.run",
 }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
-from surogate_quantize.layer_rules import BLOCK_CONTAINERS, SUBTREES
+from surogate_quantize.layer_rules import BLOCK_CONTAINERS, SUBTREES, TOWERS
 
 _ROLES: Final = {
     "encoder": ("encoder_layers", "num_encoder_layers"),
@@ -43,9 +43,9 @@ def find_place(tensor: str) -> Place:
 
 def subtree(place: Place, config: Mapping[str, Any]) -> str | None:
     """Return which part of a multimodal model (or MTP head) a tensor belongs to, or None for the text model."""
-    kind = str(config.get("model_type", ""))
-    if kind in {"vision-encoder-decoder", "speech-encoder-decoder"} and place.stack.startswith("encoder."):
-        return "vision tower" if kind.startswith("vision") else "audio tower"
+    tower = TOWERS.get(str(config.get("model_type")))
+    if tower and f"{place.stack}.".startswith(f"{tower[0]}."):
+        return tower[1]
     return SUBTREES.reason(place.stack.split("."))
 
 
@@ -65,8 +65,8 @@ def stack_depths(places: Iterable[Place], config: Mapping[str, Any]) -> dict[str
 
 def _depth(stack: str, present: int, config: Mapping[str, Any]) -> int:
     """Return how many of the blocks present in a stack are no MTP heads."""
-    parts = stack.split(".")
-    role = next((role for role in ("decoder", "encoder") if role in parts), None)
+    roles = (role for part in stack.split(".") for role in _ROLES if part.endswith(role))
+    role = next(roles, None)
     keys = (*_ROLES[role], *_DEPTHS) if role else (*_DEPTHS, *_ROLES["decoder"])
     stated = [depth for part in _text_configs(config, role) for key in keys if (depth := part.get(key))]
     depths = [depth for depth in stated if isinstance(depth, int)]

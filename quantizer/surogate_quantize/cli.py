@@ -96,13 +96,13 @@ def main(**arguments: Any) -> None:
 
 
 def _run(out: Out, arguments: dict[str, Any]) -> None:
-    from surogate_quantize.run import plan, quantize
+    from surogate_quantize.run import dry_run, quantize
 
     model, options = _options(out, arguments)
     if model is None:
         raise click.UsageError("Missing argument 'MODEL' (or a --config that names a model).")
     if arguments["dry_run"]:
-        out.plan(*plan(model, options))
+        out.plan(*dry_run(model, options))
         return
     if arguments["out"] is None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")

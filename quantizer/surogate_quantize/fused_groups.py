@@ -5,7 +5,7 @@ layer as one tensor. A group that is half quantized fails there, or is silently 
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Final
 
 Groups = dict[str, tuple[str, ...]]
@@ -19,6 +19,8 @@ _FUSED: Final = tuple(
         "wq_a wkv_a_with_mqa",
         "gate_proj up_proj",
         "w1 w3",
+        "c_fc_0 c_fc_1",
+        "fc11 fc12",
         "wi_0 wi_1",
         "in_proj_qkv in_proj_z",
         "query key value",
@@ -32,6 +34,9 @@ _FUSED: Final = tuple(
 """Sibling modules in the order of the fused matrix. Without its first member a row is another architecture's."""
 
 _ROW: Final = {leaf: row for row in _FUSED for leaf in row}
+_ROW_BESIDE_C_PROJ: Final = {**_ROW, **dict.fromkeys(("w1", "w2"), ("w2", "w1"))}
+"""Qwen's first models call gate w2, up w1 and down c_proj."""
+
 _EXPERT: Final = re.compile(r"(?P<layer>(?:.*\.)?experts)\.(?:expert_)?(?P<expert>\d+)\.(?P<module>.+)\.weight$")
 
 
@@ -44,9 +49,9 @@ def fused_groups(names: Iterable[str]) -> Groups:
     known = dict.fromkeys(names)
     groups: Groups = {}
     for name in known:
-        siblings = [sibling for sibling in _fused_row(name) if sibling in known]
-        led = bool(siblings) and siblings[0] == _fused_row(name)[0]
-        groups[name] = tuple(siblings) if led else (name,)
+        row = _fused_row(name, known)
+        led = bool(row) and row[0] in known
+        groups[name] = tuple(member for member in row if member in known) if led else (name,)
     return groups
 
 
@@ -66,12 +71,14 @@ def decision_groups(names: Iterable[str]) -> Groups:
     return _merge_experts(list(names), lambda module: "")
 
 
-def _fused_row(name: str) -> tuple[str, ...]:
+def _fused_row(name: str, known: Container[str]) -> tuple[str, ...]:
     """Return the names of all possible members of a tensor's fused group, or nothing."""
-    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-    if not name.endswith(".weight"):
+    path, _, parameter = name.rpartition(".")
+    parent, dot, leaf = path.rpartition(".")
+    if parameter != "weight":
         return ()
-    return tuple(f"{parent}.{member}.weight" if parent else f"{member}.weight" for member in _ROW.get(leaf, ()))
+    rows = _ROW_BESIDE_C_PROJ if f"{parent}{dot}c_proj.weight" in known else _ROW
+    return tuple(f"{parent}{dot}{member}.weight" for member in rows.get(leaf, ()))
 
 
 def _expert_role(module: str) -> str:

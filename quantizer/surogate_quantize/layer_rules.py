@@ -32,6 +32,7 @@ class Rules:
 BLOCK_CONTAINERS: Final = frozenset(
     {
         *("layers", "layer", "h", "block", "blocks", "resblocks", "self_attends"),
+        *("decoder_layer", "decoder_layers", "encoder_layers", "transformer_layers", "transformer_blocks"),
         *("attentions", "ffns"),  # XLM lists the halves of its blocks apart
         *("albert_layer_groups", "cross_attn_layers", "gated_cross_attn_layers"),
     }
@@ -62,6 +63,17 @@ SUBTREES: Final = Rules(
     ),
 )
 """Whole parts of a multimodal model, by the path to the list of blocks: a text block's own modules never match."""
+
+TOWERS: Final = {
+    "cosmos3_omni": ("blocks", "vision tower"),
+    "granite_speech": ("encoder", "audio tower"),
+    "granite_speech_plus": ("encoder", "audio tower"),
+    "pix2struct": ("encoder", "vision tower"),
+    "pp_formulanet": ("model.encoder", "vision tower"),
+    "speech-encoder-decoder": ("encoder", "audio tower"),
+    "vision-encoder-decoder": ("encoder", "vision tower"),
+}
+"""Model types whose tower has a name that says nothing: its path, and what it is."""
 
 PATHS: Final = Rules(
     ("LoRA adapter", r"lora_[ab]\w*|lora_embedding_\w+"),

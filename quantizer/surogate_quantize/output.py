@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surogate_formats.errors import SurogateError, UsageError
@@ -41,15 +41,17 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     Raises:
         OutputInSourceError: see the class.
         OutputExistsError: see the class; with `overwrite` only a directory that is no artifact of ours.
+        OutputNotWritableError: the directory can't be looked into.
     """
-    here, there = out.resolve(), source.resolve()
-    if here == there or there in here.parents or here in there.parents:
-        raise OutputInSourceError(f"--out {out}: overlaps with the source {source}; choose a directory beside it")
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir():
-        raise OutputExistsError(f"--out {out}: is not a directory; choose another")
-    names = {entry.name for entry in out.iterdir()}
+    with _disk_errors(out):
+        here, there = out.resolve(), source.resolve()
+        if here == there or there in here.parents or here in there.parents:
+            raise OutputInSourceError(f"--out {out}: overlaps with the source {source}; choose a directory beside it")
+        if not out.exists() and not out.is_symlink():
+            return
+        if not out.is_dir():
+            raise OutputExistsError(f"--out {out}: is not a directory; choose another")
+        names = {entry.name for entry in out.iterdir()}
     if names and not overwrite:
         raise OutputExistsError(f"--out {out}: is not empty; choose another, or --overwrite to replace an artifact")
     if names and not names & {MANIFEST_NAME, STAGING}:
@@ -69,18 +71,26 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
         OutputNotWritableError: the directory can't be made or written to.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    fresh = not out.is_dir() or not {entry.name for entry in out.iterdir()} - {STAGING}
     staging = out / STAGING
+    publishing = False
     try:
         with _disk_errors(out):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
             _check_room(out, needed)
             yield staging
+            publishing = True
             _publish(staging, out)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            if fresh:
+                _remove(out.iterdir())
+            elif not publishing:
+                # Else the folder stays: by its mark a rerun with --overwrite replaces the rest of the old artifact.
+                _remove([staging])
         for folder in made:
-            if folder.is_dir():
+            with suppress(OSError):
                 folder.rmdir()
         raise
 
@@ -109,18 +119,21 @@ def _publish(staging: Path, out: Path) -> None:
     for name in reversed(_LAST):
         (out / name).unlink(missing_ok=True)
     sync_directory(out)
-    for entry in out.iterdir():
-        if entry.name != STAGING and entry.name not in fresh:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    _remove(entry for entry in out.iterdir() if entry.name != STAGING and entry.name not in fresh)
     for name in [*sorted(fresh - set(_LAST)), *_LAST]:
         target = out / name
         if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
+            _remove([target])
         (staging / name).replace(target)
         if name in _LAST:
             sync_directory(out)
     staging.rmdir()
     sync_directory(out)
+
+
+def _remove(entries: Iterable[Path]) -> None:
+    for entry in list(entries):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -37,7 +37,7 @@ class HubSourceError(SurogateError):
     """MODEL names no directory, but could name a model on the Hub."""
 
 
-def plan(model: str | Path, options: Options) -> tuple[Plan, list[str]]:
+def dry_run(model: str | Path, options: Options) -> tuple[Plan, list[str]]:
     """What `quantize` would do, and what the user should know about it: reads headers and config only.
 
     Raises:

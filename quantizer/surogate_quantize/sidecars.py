@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from surogate_formats.checkpoint.errors import shown
+from surogate_formats.checkpoint.files import unreadable
 from surogate_quantize.plan import Plan
 
 CARRIED = (
@@ -34,14 +36,27 @@ TEMPLATES = "additional_chat_templates"
 
 
 def carry_over(source: Path, target: Path) -> list[str]:
-    """Copies the files (contents, never links) that go along; returns their names."""
+    """Copies the files (contents, never links) that go along; returns their names.
+
+    Raises:
+        UnreadableFileError: one of them may not be read.
+    """
     names = sorted(entry.name for entry in source.iterdir() if entry.is_file() and is_carried(entry.name))
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        _copy(source / name, target / name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, target / TEMPLATES)
         names.append(TEMPLATES)
     return names
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        reader = source.open("rb")
+    except OSError as error:
+        raise unreadable(shown(source), error) from None
+    with reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer)
 
 
 def is_carried(name: str) -> bool:

@@ -35,6 +35,7 @@ EXPERTS = 7  # no model has 7 heads, so a linear with 7 rows is a router
 OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 1}},
     "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "doge": {"is_moe": True, "num_hidden_layers": LAYERS},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1},
     "emu3": {"vocabulary_map": {"<image>": 1}},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
@@ -85,9 +86,9 @@ READ_RAW_ON_REQUEST = {"bloom"}
 
 MAPPINGS = (
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
@@ -138,6 +139,12 @@ class Family:
         heads = {value for key, value in _items(self.model.config.to_dict()) if "heads" in str(key)}
         return self._rows(parameter) in heads | {2 * count for count in heads if isinstance(count, int)}
 
+    def is_in_tower(self, parameter: str) -> bool:
+        """Whether a model of its own that reads pixels or sound, without a vocabulary, holds the parameter."""
+        *parts, whole = (owner for owner in self.owners(parameter) if isinstance(owner, transformers.PreTrainedModel))
+        speech_recogniser = whole.main_input_name in {"input_features", "input_values"}  # no tower, but half of it
+        return not speech_recogniser and any(map(_is_tower, parts))
+
     def is_fp32(self, parameter: str) -> bool:
         kept = self.model._keep_in_fp32_modules | self.model._keep_in_fp32_modules_strict
         return any(re.search(rf"(?:^|\.){part}(?:\.|$)", parameter) for part in kept)
@@ -156,8 +163,9 @@ class Family:
     def is_within(self, parameter: str, pattern: str) -> bool:
         return any(re.search(pattern, type(owner).__name__) for owner in self.owners(parameter))
 
-    def has_parts(self, parameter: str) -> bool:
-        return bool(type(self.model.config).sub_configs) or "encoder" in self.model.config.to_dict()
+    def is_in_part(self, parameter: str) -> bool:
+        towers = (owner for owner in self.owners(parameter) if isinstance(owner, transformers.PreTrainedModel))
+        return bool(type(self.model.config).sub_configs) or any(map(_is_tower, towers))
 
     def _rows(self, parameter: str) -> int | None:
         return getattr(self.owners(parameter)[0], "out_features", None)
@@ -166,8 +174,9 @@ class Family:
 PARTS = ("vision tower", "audio tower", "audio generator", "modality projector", "vector quantizer", "protein tower")
 
 EXPLANATIONS: Mapping[str, Callable[[Family, str], bool]] = {
-    **dict.fromkeys(PARTS, Family.has_parts),
-    "router": Family.is_router,
+    **dict.fromkeys(PARTS, Family.is_in_part),
+    # Doge routes by product keys, with a row for each key.
+    "router": lambda family, parameter: family.is_router(parameter) or family.config["model_type"] == "doge",
     "norm": lambda family, parameter: family.is_within(parameter, "(?<!Attention)Norm$"),
     "convolution": lambda family, parameter: family.is_within(parameter, "(?i)conv"),
     "AltUp coefficients": lambda family, parameter: "gemma3n" in family.config["model_type"],
@@ -208,6 +217,7 @@ def _mistake(name: str, decisions: Mapping[str, Decision], family: Family) -> st
         wrong = {
             "no linear of a block": not (linear or expert),
             "a router": any(map(family.is_router, origins)),
+            "in a tower": any(map(family.is_in_tower, origins)),
             "kept in fp32": any(map(family.is_fp32, origins)),
             "read raw": linear
             and any(map(family.is_read_raw, origins))
@@ -231,7 +241,8 @@ def _is_explained(name: str, reason: str, family: Family) -> bool:
     return reason in EXPLANATIONS and all(EXPLANATIONS[reason](family, origin) for origin in family.origins[name])
 
 
-DEPTH = re.compile(r"num_hidden_layers|n_layers?|num_layers|(?:num_)?(?:en|de)coder_layers|depth")
+DECODER_DEPTH = re.compile(r"(?:num_)?decoder_layers")
+DEPTH = re.compile(r"num_hidden_layers|n_layers?|num_layers|(?:num_)?encoder_layers|depth")
 COUNT = re.compile(r"(?:num|n|moe_num)_(?:routed_|local_)?experts")
 TOP_K = re.compile(r"num_experts_per_tok|moe_topk|top_k")
 
@@ -256,7 +267,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 def _cut(config: Any, layers: int) -> dict[str, Any]:
     """Return what makes a config shallow, with few experts; nested configs too."""
-    limits = ((DEPTH, layers), (COUNT, EXPERTS), (TOP_K, 2))
+    limits = ((DECODER_DEPTH, layers - 1), (DEPTH, layers), (COUNT, EXPERTS), (TOP_K, 2))
     changed: dict[str, Any] = {
         key: limit
         for key, value in config.to_dict().items()
@@ -298,6 +309,14 @@ def _traced(value: Any) -> Iterator[Traced]:
             yield from _traced(item)
     elif isinstance(value, dict):
         yield from _traced(list(value.values()))
+
+
+@cache
+def _is_tower(part: nn.Module) -> bool:
+    tables = (module for module in part.modules() if isinstance(module, nn.Embedding))
+    reads = re.match("pixel|image|audio|flattened|input_features|input_values", part.main_input_name)
+    named = re.search("Vision|Audio|Speech|CTC", type(part).__name__)
+    return bool(reads or named) and not any(table.num_embeddings >= 10_000 for table in tables)
 
 
 def _items(config: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:

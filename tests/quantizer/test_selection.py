@@ -4,13 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from surogate_formats.errors import UsageError
-from surogate_quantize.fused_groups import amax_groups, decision_groups, fused_groups
 from surogate_quantize.selection import Decision, SkipOptions, keep_groups_whole, select
-from surogate_quantize.skip_options import InvalidSkipPatternError, SkipLayersError, UnknownSkipPatternError
 
 SQUARE = (64, 64)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -145,6 +140,22 @@ def test_order_is_kept_and_towers_take_any_tensor():
     }
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "reason"),
+    [
+        ("vision-encoder-decoder", "encoder.encoder.layer.0.attention.query.weight", "vision tower"),
+        ("vision-encoder-decoder", "encoder.embeddings.patch_embeddings.projection.weight", "vision tower"),
+        ("vision-encoder-decoder", "decoder.model.decoder.layers.0.fc1.weight", "linear"),
+        ("speech-encoder-decoder", "encoder.encoder.layers.0.attention.k_proj.weight", "audio tower"),
+        ("granite_speech", "encoder.layers.0.attn.to_q.weight", "audio tower"),
+        ("whisper", "model.encoder.layers.0.fc1.weight", "linear"),
+        ("bert", "encoder.layer.0.attention.self.query.weight", "linear"),
+    ],
+)
+def test_encoders_that_only_the_model_type_tells_from_towers(model_type, name, reason):
+    assert reasons([name], {"model_type": model_type}) == {name: reason}
+
+
 @pytest.mark.parametrize(("dtype", "reason"), [("F32", "linear"), ("F16", "linear"), ("BF16", "linear")])
 def test_dtypes_that_are_quantized(dtype, reason):
     name = "model.layers.0.mlp.up_proj.weight"
@@ -201,101 +212,6 @@ def test_depth_comes_from_the_text_config_or_from_the_names(config):
     assert last == {name for name in llama(12) if ".layers.11." in name and "norm" not in name}
 
 
-def test_skip_first_and_last_layers():
-    tensors = llama(12)
-    decisions = select(tensors, {"num_hidden_layers": 12}, SkipOptions(first_layers=2, last_layers=1))
-    assert decisions["model.layers.0.mlp.up_proj.weight"].reason == "layer 0 of --skip-first-layers 2"
-    assert decisions["model.layers.11.mlp.up_proj.weight"].reason == "layer 11 of --skip-last-layers 1"
-    assert decisions["model.layers.0.input_layernorm.weight"].reason == "norm"
-    quantized = {int(name.split(".")[2]) for name, decision in decisions.items() if decision.quantize}
-    assert quantized == set(range(2, 11))
-
-
-def test_skipped_layers_leave_mtp_heads_out_of_the_count():
-    config = {"num_hidden_layers": 11}
-    assert {name.split(".")[2] for name in kept(llama(12), config, last_layers=1)} == {"10"}
-
-
-def test_both_stacks_of_an_encoder_decoder_model_skip_within_their_own_depth():
-    names = [f"model.{stack}.layers.{i}.fc1.weight" for stack, n in (("encoder", 4), ("decoder", 2)) for i in range(n)]
-    tensors = dict.fromkeys(names, ("F32", SQUARE))
-    config = {"encoder_layers": 4, "decoder_layers": 2, "num_hidden_layers": 4}
-    assert kept(tensors, config) == set()
-    assert kept(tensors, config, last_layers=1) == {
-        "model.encoder.layers.3.fc1.weight",
-        "model.decoder.layers.1.fc1.weight",
-    }
-
-
-@pytest.mark.parametrize(("first", "last"), [(13, 0), (0, 13), (7, 6), (-1, 0), (0, -1)])
-def test_more_layers_than_there_are(first, last):
-    with pytest.raises(SkipLayersError, match=r"only 12 layers|must be 0 or more") as caught:
-        select(llama(12), {"num_hidden_layers": 12}, SkipOptions(first_layers=first, last_layers=last))
-    assert isinstance(caught.value, UsageError)
-
-
-def test_skipping_every_layer_is_left_to_the_plan():
-    decisions = select(llama(12), {}, SkipOptions(first_layers=6, last_layers=6))
-    assert not any(decision.quantize for decision in decisions.values())
-
-
-@pytest.mark.parametrize(
-    ("pattern", "layers", "leaves"),
-    [
-        ("layers.1", {1}, {*ATTENTION, *MLP}),
-        ("layers.1.mlp", {1}, set(MLP)),
-        ("model.layers.1.mlp.down_proj.weight", {1}, {"down_proj"}),
-        ("down_proj", set(range(12)), {"down_proj"}),
-        ("o_*", set(range(12)), {"o_proj"}),
-        ("layers.*.mlp.down_proj", set(range(12)), {"down_proj"}),
-        ("layers.1*.mlp", {1, 10, 11}, set(MLP)),
-        ("re:down_proj$", set(range(12)), {"down_proj"}),
-        (r"re:^model\.layers\.(0|11)\.", {0, 11}, {*ATTENTION, *MLP}),
-    ],
-)
-def test_patterns(pattern, layers, leaves):
-    names = {f"model.layers.{i}.self_attn.{leaf}.weight" for i in layers for leaf in leaves & set(ATTENTION)}
-    names |= {f"model.layers.{i}.mlp.{leaf}.weight" for i in layers for leaf in leaves & set(MLP)}
-    assert kept(llama(12), patterns=(pattern,)) == names
-
-
-def test_a_pattern_is_named_as_the_reason_and_never_hides_another():
-    decisions = select(llama(2), {}, SkipOptions(patterns=("layers.1", "lm_head")))
-    assert decisions["model.layers.1.mlp.down_proj.weight"].reason == "matches --skip layers.1"
-    assert decisions["lm_head.weight"].reason == "lm_head"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "hint"),
-    [
-        ("mpl", "did you mean mlp"),
-        ("layers.0.self_atn.q_proj", "did you mean self_attn"),
-        ("layers.12", "--dry-run"),
-        ("layer", "did you mean layers"),
-        ("proj", "--dry-run|q_proj"),
-        ("re:visual", "full module names such as model.embed_tokens"),
-    ],
-)
-def test_a_pattern_that_matches_nothing(pattern, hint):
-    with pytest.raises(UnknownSkipPatternError, match=hint) as caught:
-        select(llama(12), {}, SkipOptions(patterns=("mlp", pattern)))
-    assert isinstance(caught.value, UsageError)
-    assert f"--skip {pattern}: matches no tensor" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("pattern", ["", ".", "layers.", "layers..mlp", "re:(", "re:[a"])
-def test_a_pattern_that_cannot_be_read(pattern):
-    with pytest.raises(InvalidSkipPatternError) as caught:
-        select(llama(2), {}, SkipOptions(patterns=(pattern,)))
-    assert isinstance(caught.value, UsageError)
-
-
-def test_metacharacters_of_regular_expressions_are_plain_in_patterns():
-    tensors = {"model.layers.0.mlp+.up.weight": ("F32", SQUARE), "model.layers.0.mlpp.up.weight": ("F32", SQUARE)}
-    assert kept(tensors, patterns=("mlp+",)) == {"model.layers.0.mlp+.up.weight"}
-
-
 def test_a_fused_group_is_kept_as_a_whole():
     decisions = select(llama(2), {}, SkipOptions(patterns=("layers.0.self_attn.k_proj", "layers.1.mlp.up_proj")))
     fused = "fused with model.layers.0.self_attn.k_proj (matches --skip layers.0.self_attn.k_proj)"
@@ -328,77 +244,6 @@ def test_plans_reasons_keep_groups_whole_too():
     whole = keep_groups_whole(decisions)
     assert [decision.quantize for decision in whole.values()] == [False, False, False, True]
     assert whole["model.layers.0.self_attn.v_proj.weight"].reason == "K = 60 is no multiple of 16"
-
-
-def test_fused_groups():
-    attention = [f"model.layers.0.self_attn.{leaf}.weight" for leaf in ATTENTION]
-    groups = fused_groups([*reversed(attention), "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
-    assert groups[attention[1]] == tuple(attention[:3])
-    assert groups[attention[3]] == (attention[3],)
-    assert groups["model.layers.1.self_attn.q_proj.weight"] == ("model.layers.1.self_attn.q_proj.weight",)
-    assert groups["model.norm.weight"] == ("model.norm.weight",)
-
-
-@pytest.mark.parametrize(
-    ("leaves", "group"),
-    [
-        ("gate_proj up_proj down_proj", "gate_proj up_proj"),
-        ("w1 w2 w3", "w1 w3"),
-        ("q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj", "q_a_proj kv_a_proj_with_mqa"),
-        ("query key value", "query key value"),
-        ("q k v o", "q k v"),
-        ("in_proj_qkv in_proj_z out_proj", "in_proj_qkv in_proj_z"),
-        ("q_proj k_proj o_proj", "q_proj k_proj"),
-        ("kv_a_proj_with_mqa kv_b_proj q_proj", "q_proj"),
-        ("receptance key value", "receptance"),
-        ("up_proj down_proj", "up_proj"),
-    ],
-)
-def test_fused_rows(leaves, group):
-    groups = fused_groups(f"layers.0.part.{leaf}.weight" for leaf in leaves.split())
-    members = tuple(f"layers.0.part.{leaf}.weight" for leaf in group.split())
-    assert groups[members[0]] == members
-    assert all(groups[name] == (name,) for name in groups.keys() - set(members))
-
-
-def test_biases_are_in_no_group():
-    assert fused_groups(["a.q_proj.bias", "a.k_proj.bias"]) == {
-        "a.q_proj.bias": ("a.q_proj.bias",),
-        "a.k_proj.bias": ("a.k_proj.bias",),
-    }
-
-
-def test_moe_groups():
-    prefix = "model.layers.1.block_sparse_moe.experts"
-    w1, w2, w3 = (f"{prefix}.2.{leaf}.weight" for leaf in ("w1", "w2", "w3"))
-    assert fused_groups(mixtral())[w3] == (w1, w3)
-    gate_up = tuple(f"{prefix}.{e}.{leaf}.weight" for e in range(3) for leaf in ("w1", "w3"))
-    assert amax_groups(mixtral())[w1] == gate_up
-    assert amax_groups(mixtral())[w2] == tuple(f"{prefix}.{e}.w2.weight" for e in range(3))
-    assert set(decision_groups(mixtral())[w2]) == {name for name in mixtral() if name.startswith(prefix)}
-
-
-def test_shared_experts_and_attention_are_in_no_experts_group():
-    names = [f"model.layers.0.mlp.shared_experts.{leaf}.weight" for leaf in MLP]
-    assert amax_groups([*names, *mixtral()])[names[0]] == tuple(names[:2])
-
-
-def test_experts_are_ordered_by_number():
-    names = [f"layers.0.mlp.experts.{expert}.down_proj.weight" for expert in (10, 9, 2)]
-    assert amax_groups(names)[names[0]] == (names[2], names[1], names[0])
-
-
-LEAVES = (*ATTENTION, *MLP, "w1", "w2", "w3", "query", "key", "value", "experts.0.w1", "experts.1.w3", "experts.10.w2")
-
-
-@given(st.lists(st.sampled_from([f"layers.{i}.{leaf}.weight" for i in (0, 1) for leaf in LEAVES]), unique=True))
-def test_groups_are_a_partition_whatever_the_order(names):
-    for grouping in (fused_groups, amax_groups, decision_groups):
-        groups = grouping(names)
-        assert list(groups) == names
-        assert all(name in groups[name] for name in names)
-        assert all(groups[member] == groups[name] for name in names for member in groups[name])
-        assert grouping(reversed(names)) == groups
 
 
 def test_no_heavy_import():
