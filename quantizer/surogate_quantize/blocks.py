@@ -13,6 +13,7 @@ _ROLES: Final = {
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
 _DEPTHS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_INDEX: Final = re.compile("[0-9]{1,6}")
 _TEXT_CONFIG: Final = re.compile(r"\w*(?:text|llm|language|thinker|encoder|decoder|global|patcher)\w*")
 _OTHER_MODALITY: Final = re.compile(r"\w*(?:vision|visual|audio|image|video|speech|timestamp)\w*")
 
@@ -36,7 +37,7 @@ def find_place(tensor: str) -> Place:
     """Read the outermost numbered block from a tensor's name; embeddings, heads and the like have none."""
     *path, _ = tensor.split(".")
     for i, (container, index) in enumerate(pairwise(path)):
-        if container in BLOCK_CONTAINERS and index.isascii() and index.isdigit():
+        if container in BLOCK_CONTAINERS and _INDEX.fullmatch(index):
             return Place(".".join(path[: i + 1]), int(index), tuple(path[i + 2 :]))
     return Place(".".join(path), None, tuple(path))
 

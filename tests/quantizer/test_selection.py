@@ -114,6 +114,7 @@ NAMES = [
     ("talker.model.layers.0.mlp.up_proj.weight", None, "audio generator"),
     ("mtp.layers.0.mlp.up_proj.weight", None, "MTP head"),
     ("mtp.fc.weight", None, "MTP head"),
+    (f"model.layers.{'9' * 5000}.mlp.up_proj.weight", None, "not in an encoder or decoder block"),
     ("mlp1.0.weight", None, "not in an encoder or decoder block"),
     ("model.per_layer_model_projection.weight", None, "not in an encoder or decoder block"),
 ]

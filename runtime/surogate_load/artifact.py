@@ -1,0 +1,96 @@
+"""An artifact's weights as tensors, without transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from surogate_formats.artifact import Artifact
+from surogate_formats.errors import UsageError
+from surogate_load.weight import WeightKind, to_torch
+
+
+class NoSuchModuleError(UsageError, KeyError):
+    """The artifact holds no quantized module of that name."""
+
+    __str__ = UsageError.__str__
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One quantized weight of an open artifact; nothing is read before it is asked for.
+
+    Attributes:
+        name: full name of its module.
+        kind: format and shape (N, K).
+    """
+
+    name: str
+    kind: WeightKind
+    artifact: Artifact
+
+    def parts(self) -> dict[str, Tensor]:
+        """The packed tensors by part name, read anew at each call."""
+        return {part: to_torch(array) for part, array in self.artifact.parts(self.name).items()}
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [N, K]."""
+        parts = self.parts()
+        return self.kind.dequantize([parts[part] for part in self.kind.specs], dtype)
+
+
+class OpenArtifact(Mapping[str, QuantizedWeight]):
+    """The quantized modules of an artifact by full name; a context manager.
+
+    Attributes:
+        artifact: format, layout, manifest, config and the default recipe.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+
+    def __getitem__(self, module: str) -> QuantizedWeight:
+        """The weight of a module; `NoSuchModuleError` if it isn't quantized here."""
+        if module not in self.artifact.modules:
+            raise NoSuchModuleError(
+                f"{self.artifact.path}: no quantized module {module!r}; surogate-load inspect lists them"
+            )
+        rows, columns = self.artifact.modules[module]
+        return QuantizedWeight(module, WeightKind(self.artifact.format, (rows, columns)), self.artifact)
+
+    def __iter__(self) -> Iterator[str]:
+        """Module names."""
+        return iter(self.artifact.modules)
+
+    def __len__(self) -> int:
+        """How many modules are quantized."""
+        return len(self.artifact.modules)
+
+    def verify(self) -> int:
+        """Compares every stored tensor with its recorded sha256; see `surogate_formats.artifact.Artifact.verify`."""
+        return self.artifact.verify()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.artifact.close()
+
+    def __enter__(self) -> OpenArtifact:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the files."""
+        self.close()
+
+
+def open_artifact(path: str | Path) -> OpenArtifact:
+    """Opens a directory that surogate-quantize wrote.
+
+    Raises:
+        ArtifactError, CheckpointError: it is not complete, or not what it claims to be.
+    """
+    return OpenArtifact(Artifact.open(path))

@@ -1,0 +1,98 @@
+"""`surogate-load`: what an artifact is, whether it is whole, and how well it predicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
+
+import click
+
+P = ParamSpec("P")
+
+
+def known_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Prints an error of ours as one line and exits: 1, or 2 where the request was wrong."""
+
+    @wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        from surogate_formats.errors import SurogateError, UsageError
+
+        try:
+            command(*args, **kwargs)
+        except SurogateError as error:
+            if os.environ.get("SUROGATE_DEBUG"):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(2 if isinstance(error, UsageError) else 1)
+
+    return guarded
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="surogate-quant", prog_name="surogate-load")
+def main() -> None:
+    """Artifacts of surogate-quantize: inspect, verify, evaluate."""
+
+
+@main.command()
+@click.argument("artifact")
+@click.option("--json", "json_mode", is_flag=True, help="Print the result as JSON.")
+@known_errors
+def inspect(artifact: str, json_mode: bool) -> None:
+    """What ARTIFACT holds: format, sizes, what was kept and why, and who can load it."""
+    from surogate_formats.artifact import Artifact
+    from surogate_load.inspection import describe
+
+    with Artifact.open(artifact) as opened:
+        _print(describe(opened), json_mode)
+
+
+@main.command()
+@click.argument("artifact")
+@known_errors
+def verify(artifact: str) -> None:
+    """Read every tensor of ARTIFACT and compare its SHA-256 with the manifest's."""
+    from surogate_formats.artifact import Artifact
+
+    with Artifact.open(artifact) as opened:
+        click.echo(f"{artifact}: {opened.verify()} tensors are as they were written")
+
+
+@main.command()
+@click.argument("artifact")
+@click.option("--against", required=True, metavar="MODEL", help="Directory of the dense model that it was made from.")
+@click.option("--text", required=True, type=click.Path(), help="A text file; its first tokens are predicted.")
+@click.option("--context", default=1024, show_default=True, type=click.IntRange(min=2), help="Tokens of a window.")
+@click.option("--windows", default=3, show_default=True, type=click.IntRange(min=1), help="How many windows.")
+@click.option("--device", default="cpu", show_default=True, help="Where both models run.")
+@click.option("--json", "json_mode", is_flag=True, help="Print the result as JSON.")
+@known_errors
+def evaluate(artifact: str, against: str, text: str, context: int, windows: int, device: str, json_mode: bool) -> None:
+    """Mean KL divergence and perplexity of ARTIFACT against the dense model, on a text."""
+    from surogate_load.evaluation import evaluate_artifact
+
+    found = evaluate_artifact(artifact, against, text, context=context, count=windows, device=device)
+    _print(
+        {
+            "tokens": found.tokens,
+            "mean KL (nats)": round(found.mean_kl, 6),
+            "perplexity": round(found.perplexity, 4),
+            "perplexity of the dense model": round(found.reference_perplexity, 4),
+        },
+        json_mode,
+    )
+
+
+def _print(rows: dict[str, Any], json_mode: bool) -> None:
+    if json_mode:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        values = value if isinstance(value, list) else [value]
+        for index, line in enumerate(values):
+            click.echo(f"{key if index == 0 else '':{width}}  {line}")

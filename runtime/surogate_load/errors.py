@@ -1,0 +1,49 @@
+"""What can go wrong when an artifact is loaded or trained, one class per cause; see `surogate_formats.errors`."""
+
+from __future__ import annotations
+
+from surogate_formats.errors import ArtifactError, SurogateError, UsageError
+
+
+class MissingExtraError(SurogateError):
+    """A package that only training needs is not installed."""
+
+
+class MismatchedModelError(ArtifactError):
+    """The artifact's tensors and the model's parameters are not the same set."""
+
+
+class UnsupportedModuleError(ArtifactError):
+    """A quantized weight belongs to a module that is no plain `torch.nn.Linear`."""
+
+
+class PackedExpertsError(UnsupportedModuleError):
+    """transformers merges quantized weights into one parameter when it loads the model: experts, mostly."""
+
+
+class UnsupportedDeviceError(SurogateError):
+    """The device can't run the recipe natively, and its emulation was not asked for."""
+
+
+class BackendUnavailableError(SurogateError):
+    """The package behind `backend` is not installed."""
+
+
+class NeedsTwoDimensionalScalesError(UsageError):
+    """`backend=cudnn` multiplies weights with 16x16 scales only."""
+
+
+class CopiedModelError(SurogateError):
+    """A copy of a model trains under a recipe whose state still belongs to the original."""
+
+
+class MergeUnsupportedError(UsageError):
+    """An adapter can't be merged into packed weights."""
+
+
+class QuantizerFailedError(SurogateError):
+    """The quantizer, run as a process of its own, ended with an error."""
+
+
+class SourceMissingError(UsageError):
+    """A YAML file names no model, and none was given."""

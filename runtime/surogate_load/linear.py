@@ -1,0 +1,125 @@
+"""A linear layer whose frozen weight stays packed, in memory as on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surogate_formats.format import Format
+from surogate_formats.layouts import Layout
+from surogate_load.placement import Mover, cast_by, move_only
+from surogate_load.recipes.bf16 import Bf16
+from surogate_load.recipes.layer import RecipeLayer
+from surogate_load.weight import WeightKind, empty_part
+
+
+class QuantizedLinear(nn.Linear):
+    """y = x W^T + b with W [N, K] packed; differentiable in x and b, W is frozen.
+
+    The packed tensors are frozen parameters under the artifact's own names (`weight`, `weight_absmax`, ...), so
+    `state_dict` holds the artifact's bytes. `.to(dtype)`, `.half()` and `.float()` change the bias and `compute_dtype`,
+    never a packed tensor. Where the layout has no tensor called `weight`, that attribute gives the codes: libraries
+    read its device.
+
+    Attributes:
+        kind: the format and the shape (N, K).
+        compute_dtype: the dtype that base products take and give; PEFT makes adapters in it.
+        recipe: how the layer multiplies, and its scaling state.
+    """
+
+    def __init__(
+        self,
+        kind: WeightKind,
+        layout: Layout,
+        *,
+        bias: bool = False,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Makes the layer with uninitialised packed tensors."""
+        nn.Module.__init__(self)
+        self.kind = kind
+        self.out_features, self.in_features = kind.shape
+        self.compute_dtype = compute_dtype
+        suffixes = layout.suffixes[kind.format.name]
+        self.part_names = tuple(suffixes[part] for part in kind.specs)
+        for name, spec in zip(self.part_names, kind.specs.values(), strict=True):
+            self.register_parameter(name, nn.Parameter(empty_part(spec, device), requires_grad=False))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_features, dtype=compute_dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+        self.recipe: RecipeLayer = Bf16()
+
+    @classmethod
+    def from_parts(
+        cls,
+        fmt: Format,
+        layout: Layout,
+        parts: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        *,
+        bias: Tensor | None = None,
+        compute_dtype: torch.dtype = torch.bfloat16,
+    ) -> QuantizedLinear:
+        """A layer around existing packed tensors (part name to tensor), which it doesn't copy."""
+        kind = WeightKind(fmt, shape)
+        layer = cls(kind, layout, bias=bias is not None, compute_dtype=compute_dtype, device="meta")
+        for part, name in zip(kind.specs, layer.part_names, strict=True):
+            setattr(layer, name, nn.Parameter(parts[part], requires_grad=False))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(compute_dtype))
+        return layer
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The packed tensors in the order of the format's parts; the codes come first."""
+        return tuple(self._parameters[name] for name in self.part_names)  # type: ignore[misc]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight [N, K], by default in `compute_dtype`."""
+        return self.kind.dequantize(self.parts, dtype or self.compute_dtype)
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The codes. PEFT takes the weight of a module with this attribute from `dequantize()`, which DoRA needs."""
+        return self.parts[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., N], multiplied in `compute_dtype` (under autocast in its dtype) as the recipe says."""
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.compute_dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(device, enabled=False):  # float32 products inside a recipe are meant to be that
+            y = self.recipe.multiply(x.to(dtype), self.kind, self.parts, bias)
+        return y if autocast else y.to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        """Does nothing: packed weights have no random state."""
+
+    def extra_repr(self) -> str:
+        """Shape, format and compute dtype."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.kind.format}, compute_dtype={self.compute_dtype}"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Gives the codes as `weight` in layouts that call them otherwise."""
+        return super().__getattr__(self.part_names[0] if name == "weight" else name)
+
+    def _apply(self, fn: Mover, recurse: bool = True) -> QuantizedLinear:
+        packed = {name: self._parameters.pop(name) for name in self.part_names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        others = dict(self._parameters)
+        self._parameters.clear()
+        for name, parameter in packed.items():
+            assert parameter is not None
+            self._parameters[name] = nn.Parameter(move_only(parameter.data, fn), requires_grad=False)
+        self._parameters.update(others)
+        self.compute_dtype = cast_by(fn, self.compute_dtype)
+        return self

@@ -1,0 +1,75 @@
+"""The LoRA layer that PEFT puts around a `QuantizedLinear`; `peft.get_peft_model` finds it by itself.
+
+Adapters, their names and files are PEFT's. Ours is what the recipe decides: how an adapter's gradients are multiplied.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from peft.tuners.lora import model as lora_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from surogate_load.errors import MergeUnsupportedError
+from surogate_load.linear import QuantizedLinear
+from surogate_load.recipes.token_gradient import AdapterLinear
+
+_MERGE = (
+    "an adapter can't be merged into packed weights: save it with save_pretrained "
+    "and merge it into the source checkpoint"
+)
+
+
+class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
+    """PEFT's LoRA layer over a packed base weight."""
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Makes an adapter as PEFT does, then has the recipe choose its linears."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        self._adopt(adapter_name)
+
+    def adopt_recipe(self) -> None:
+        """Has the base layer's present recipe choose the linears of every adapter."""
+        for adapter_name in self.lora_A:
+            self._adopt(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises `MergeUnsupportedError`: the sum of a packed weight and an adapter has no packed form."""
+        raise MergeUnsupportedError(_MERGE)
+
+    def unmerge(self) -> None:
+        """Raises `MergeUnsupportedError`."""
+        raise MergeUnsupportedError(_MERGE)
+
+    def _adopt(self, adapter_name: str) -> None:
+        recipe = self.get_base_layer().recipe
+        for adapters in (self.lora_A, self.lora_B):
+            adapters[adapter_name] = recipe.adapter_linear(_plain(adapters[adapter_name]))
+
+
+def _plain(linear: nn.Linear) -> nn.Linear:
+    """The linear itself, or a plain one that shares its parameters."""
+    return linear.plain() if isinstance(linear, AdapterLinear) else linear
+
+
+def register() -> None:
+    """Makes PEFT's choice of a LoRA layer ask us first, for `QuantizedLinear` only; a second call does nothing."""
+    original = lora_model.dispatch_default
+    if getattr(original, "asks_surogate", False):
+        return
+
+    @wraps(original)
+    def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, QuantizedLinear) and kwargs.get("parameter_name") is None:
+            kwargs.pop("parameter_name", None)
+            config.fan_in_fan_out = False
+            return QuantizedLoraLinear(target, adapter_name, config=config, **kwargs)
+        made: nn.Module | None = original(target, adapter_name, config=config, **kwargs)
+        return made
+
+    dispatch.asks_surogate = True  # type: ignore[attr-defined]
+    lora_model.dispatch_default = dispatch

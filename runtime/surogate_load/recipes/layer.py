@@ -1,0 +1,53 @@
+"""What a recipe is to one layer: how its base weight is multiplied, and the state that needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from surogate_load.placement import FixedDtypeModule
+from surogate_load.weight import WeightKind
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A layer's weight at the time when it is given a recipe.
+
+    Attributes:
+        name: full name of the layer, for messages.
+        kind: format and shape (N, K).
+        parts: the packed tensors in the order of `kind.specs`.
+    """
+
+    name: str
+    kind: WeightKind
+    parts: tuple[Tensor, ...]
+
+
+class RecipeLayer(FixedDtypeModule):
+    """One layer's arithmetic; scaling state lives in its buffers."""
+
+    def multiply(self, x: Tensor, kind: WeightKind, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """X W^T + bias, differentiable in x and bias.
+
+        Args:
+            x: [..., K].
+            kind: what the parts mean.
+            parts: W [N, K], packed.
+            bias: [N] in the dtype of x.
+
+        Returns:
+            [..., N] in the dtype of x.
+        """
+        raise NotImplementedError
+
+    def adapter_linear(self, linear: nn.Linear) -> nn.Linear:
+        """The module that multiplies with an adapter matrix: `linear` itself, or one that shares its parameters."""
+        return linear
+
+
+def bias_gradient(gradient: Tensor, wanted: bool) -> Tensor | None:
+    """The sum of [..., N] over all but the last axis, if wanted."""
+    return gradient.reshape(-1, gradient.shape[-1]).sum(0) if wanted else None

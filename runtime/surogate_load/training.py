@@ -1,0 +1,54 @@
+"""Gives a model's quantized layers the arithmetic of a recipe."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from surogate_formats.errors import UsageError
+from surogate_formats.recipe import Recipe, check_compatible
+from surogate_load.linear import QuantizedLinear
+from surogate_load.recipes import RECIPE_LAYERS
+from surogate_load.recipes.delayed import watch
+from surogate_load.recipes.device import check_device
+from surogate_load.recipes.layer import PackedWeight
+from surogate_load.recipes.notes import Notes
+
+_LOG = logging.getLogger("surogate_load")
+
+
+def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> None:
+    """Makes every `QuantizedLinear` of a model multiply as the recipe says; its scaling state starts anew.
+
+    Adapters that exist already keep their parameters.
+
+    Args:
+        model: the root: an optimizer that owns parameters of it ends its training steps.
+        recipe: name and switches.
+        emulate: compute fp8 and fp4 products in float32 from the same quantized operands, on any device.
+
+    Raises:
+        IncompatibleRecipeError: the format can't be trained so.
+        UnsupportedDeviceError: the device can't multiply so, and `emulate` is off.
+        UsageError: the model holds no quantized layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    if not layers:
+        raise UsageError("set_recipe: the model holds no quantized layer; load it with surogate_load.load_model")
+    for layer in layers.values():
+        check_compatible(layer.kind.format.name, recipe)
+    if not emulate:
+        check_device(recipe, next(iter(layers.values())).parts[0].device)
+    notes = Notes()
+    for name, layer in layers.items():
+        with torch.no_grad():
+            made = RECIPE_LAYERS[recipe.name](PackedWeight(name, layer.kind, layer.parts), recipe, notes)
+        layer.recipe = made.to(layer.parts[0].device).train(layer.training)
+    for module in model.modules():
+        if callable(adopt := getattr(module, "adopt_recipe", None)):
+            adopt()
+    watch(model, recipe)
+    for line in notes.lines():
+        _LOG.warning("recipe %s: %s", recipe.name, line)

@@ -1,0 +1,25 @@
+import pytest
+import torch
+import transformers
+from runtime.artifacts import tiny_llama, write_artifact
+from runtime.layers import KINDS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_and_quiet():
+    torch.set_num_threads(1)  # the tensors are tiny: a second thread would only be waited for
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory):
+    """A factory of tiny Llama artifacts by kind, each made once a session: never write into one."""
+    made = {}
+
+    def make(kind, **changes):
+        key = (kind, *sorted(changes.items()))
+        if key not in made:
+            made[key] = write_artifact(tiny_llama(**changes), tmp_path_factory.mktemp(kind), KINDS[kind])
+        return made[key]
+
+    return make
