@@ -121,7 +121,14 @@ CONV1D_MODEL_TYPES: Final = frozenset(
 CONV1D_MODULES: Final = frozenset({"c_attn", "q_attn", "c_fc", "c_proj"})
 """Names of `Conv1D` modules; GPTBigCode, Qwen and others use some of them for linears."""
 
+_MAMBA: Final = (
+    *("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "zamba2"),
+    *("granitemoehybrid", "nemotron_h", "nemotron_h_omni", "nemo_speechlm"),
+)
+"""Model types that hand out_proj.weight to a fused CUDA kernel."""
+
 READ_RAW: Final = {
+    **dict.fromkeys(_MAMBA, re.compile(r"\.out_proj$")),
     "deberta": re.compile(r"\.in_proj$"),
     "ibert": re.compile(r"."),
     "nllb-moe": re.compile(r"\.fc2$"),

@@ -16,6 +16,7 @@ from surogate_formats.layouts import StoredTensor, stored_tensors
 from surogate_quantize.fused_groups import amax_groups
 from surogate_quantize.options import Options
 from surogate_quantize.selection import Decision, keep_groups_whole, select
+from surogate_quantize.tied_heads import tied_heads
 
 
 class AlreadyQuantizedError(SurogateError):
@@ -89,14 +90,14 @@ class Plan:
     def kept_modules(self) -> list[str]:
         """Full names of the modules that loaders must leave alone: every kept weight of two or more axes.
 
-        A tied lm_head has no tensor of its own, but readers see its module, so it is listed too.
+        A tied head has no tensor of its own, but readers see its module, so it is listed too.
         """
         kept = [
             tensor.module
             for tensor in self.tensors
             if not tensor.decision.quantize and len(tensor.info.shape) > 1 and tensor.info.name.endswith(".weight")
         ]
-        return kept if "lm_head" in kept else [*kept, "lm_head"]
+        return kept + tied_heads(tensor.info.name for tensor in self.tensors)
 
 
 def make_plan(source: Checkpoint, options: Options) -> Plan:

@@ -155,10 +155,7 @@ class Family:
         if type(owner).forward is not nn.Linear.forward and type(owner).__name__ != "FalconLinear":
             return True
         reader = next(module for module in around if not isinstance(module, nn.ModuleList | nn.ModuleDict))
-        child = parameter.split(".")[-2]
-        # Mamba hands out_proj.weight to a fused CUDA kernel, and calls the module wherever that is not used.
-        fused_kernel = child == "out_proj" and hasattr(reader, "A_log")
-        return child in _raw_reads(type(reader)) and not fused_kernel
+        return parameter.split(".")[-2] in _raw_reads(type(reader))
 
     def is_within(self, parameter: str, pattern: str) -> bool:
         return any(re.search(pattern, type(owner).__name__) for owner in self.owners(parameter))

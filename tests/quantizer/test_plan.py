@@ -8,6 +8,7 @@ from surogate_formats.checkpoint import Checkpoint
 from surogate_quantize import make_options
 from surogate_quantize.plan import AlreadyQuantizedError, NameClashError, NothingToQuantizeError, make_plan
 from surogate_quantize.skip_options import SkipLayersError, UnknownSkipPatternError
+from surogate_quantize.tied_heads import tied_heads
 
 NAMES = {f"{module}.weight" for module in LINEARS}
 
@@ -68,6 +69,21 @@ def test_a_tied_head_that_is_stored_all_the_same_is_kept_once(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     write_checkpoint(tmp_path, tensors, config=CONFIG | {"tie_word_embeddings": True})
     assert plan_of(tmp_path).kept_modules().count("lm_head") == 1
+
+
+@pytest.mark.parametrize(
+    ("tensors", "heads"),
+    [
+        (["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"], ["lm_head"]),
+        (["model.embed_tokens.weight", "lm_head.weight"], []),
+        (["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"], ["lm_head", "cls.predictions.decoder"]),
+        (["cls.predictions.bias", "cls.predictions.decoder.weight"], ["lm_head"]),
+        (["roberta.embeddings.word_embeddings.weight", "lm_head.dense.weight"], ["lm_head", "lm_head.decoder"]),
+        (["distilbert.x.weight", "vocab_transform.weight"], ["lm_head", "vocab_projector"]),
+    ],
+)
+def test_heads_that_no_file_holds_are_known_by_their_neighbours(tensors, heads):
+    assert tied_heads(tensors) == heads
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,9 @@ def test_weights_that_their_model_reads_raw():
     raw = "read as a raw weight by its model"
     names = ["rwkv.blocks.0.attention.output.weight", "rwkv.blocks.0.attention.key.weight"]
     assert list(reasons(names, {"model_type": "rwkv"}).values()) == [raw, "linear"]
+    names = ["backbone.layers.0.mixer.in_proj.weight", "backbone.layers.0.mixer.out_proj.weight"]
+    assert list(reasons(names, {"model_type": "mamba2"}).values()) == ["linear", raw]
+    assert list(reasons(names, {"model_type": "jamba"}).values()) == ["linear", "linear"]
     names = ["deberta.encoder.layer.0.attention.self.in_proj.weight"]
     assert list(reasons(names, {"model_type": "deberta"}).values()) == [raw]
     names = ["layers.0.attn.in_proj_weight", "layers.0.attn.out_proj.weight"]

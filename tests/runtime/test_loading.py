@@ -132,8 +132,7 @@ def test_plain_from_pretrained_loads_our_layout(artifact):
 def test_importing_the_package_imports_neither_torch_nor_transformers():
     code = (
         "import sys, surogate_load; assert not {'torch', 'transformers', 'peft'} & set(sys.modules); "
-        "import transformers.quantizers.auto as auto; assert 'surogate' in auto.AUTO_QUANTIZER_MAPPING; "
-        "import peft; from peft.tuners.lora import model; assert model.dispatch_default.asks_surogate"
+        "import transformers.quantizers.auto as auto; assert 'surogate' in auto.AUTO_QUANTIZER_MAPPING"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=python_path())
 

@@ -59,10 +59,10 @@ def up_proj(model, layer=0):
 
 @pytest.mark.parametrize(("kind", "recipe"), COMBINATIONS)
 def test_every_format_learns_under_every_recipe(artifact, kind, recipe):
-    model = adapted(artifact(kind), recipe)
+    model = adapted(artifact(kind, num_hidden_layers=1), recipe)
     before = [part.clone() for part in up_proj(model).base_layer.parts]
-    losses = train(model)
-    assert losses[-1] < losses[0] - 0.5
+    losses = train(model, 6)
+    assert losses[-1] < losses[0] - 0.4
     assert type(up_proj(model)) is QuantizedLoraLinear
     after = up_proj(model).base_layer.parts
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, after, strict=True))

@@ -1,0 +1,118 @@
+"""Plain transformers loads the fp4 and fp8 artifacts to the logits of the same model with our dequantized weights.
+
+Equal to the bit: an E4M3 code times a bfloat16 scale, and an E2M1 code times a scale over a power of two, are rounded
+to bfloat16 once at most, whoever multiplies. No `dequantize` key is needed for bfloat16 models.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from make_tiny import KINDS
+from surogate_formats.artifact import Artifact
+from surogate_formats.checkpoint import Checkpoint
+from surogate_quantize import make_options, quantize
+
+FORMATS = {
+    "fp4": ("fp4", {}),
+    "fp4-1d": ("fp4", {"two_d": False}),
+    "fp4-plain": ("fp4", {"two_d": False, "four_over_six": False}),
+    "fp8-tensor": ("fp8", {}),
+    "fp8-channel": ("fp8", {"scaling": "channel"}),
+    "fp8-block": ("fp8", {"scaling": "block"}),
+}
+
+CASES = [
+    *(("llama", name) for name in FORMATS),
+    *(("llama-odd", name) for name in ("fp4", "fp8-tensor", "fp8-channel")),
+    *(("qwen3-tied", name) for name in ("fp4", "fp8-tensor", "fp8-block")),
+    *(("gemma3", name) for name in ("fp4-1d", "fp8-channel")),
+    *(("phi3", name) for name in ("fp4", "fp8-tensor")),
+    *(("bert", name) for name in ("fp4", "fp8-tensor", "fp8-block")),
+    ("qwen3-moe", "fp8-block"),
+]
+SKIPPED = ("llama", "fp8-tensor-skip")
+SMOLLM2 = [("smollm2", "fp4"), ("smollm2", "fp8-tensor")]
+
+
+def write_dense(source, artifact_directory, target):
+    """The source with the artifact's dequantized values in place of its weights, in the source's dtype."""
+    target.mkdir()
+    with Checkpoint.open(source) as checkpoint, Artifact.open(artifact_directory) as artifact:
+        tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        for module in artifact.modules:
+            name = f"{module}.weight"
+            tensors[name] = artifact.dequantize(module).astype(tensors[name].dtype)
+        (target / "config.json").write_bytes(checkpoint.config_bytes)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def run_plain(jobs):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("plain_logits.py"))],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def load_in_plain_transformers(root, cases):
+    """By case: logits of the artifact, logits of the dense model, and what was odd while loading them."""
+    jobs = []
+    for case, source, class_name, options in cases:
+        place = root / "-".join(case)
+        quantize(source, place / "artifact", options)
+        write_dense(source, place / "artifact", place / "dense")
+        jobs += [(str(place / what), class_name, str(place / f"{what}.npy")) for what in ("artifact", "dense")]
+    reports = run_plain(jobs)
+    logits = [np.load(file) for _, _, file in jobs]
+    return {case: (logits[2 * i], logits[2 * i + 1], reports[2 * i : 2 * i + 2]) for i, (case, *_) in enumerate(cases)}
+
+
+@pytest.fixture(scope="module")
+def tiny_results(tiny, tmp_path_factory):
+    cases = [((kind, name), tiny(kind), KINDS[kind].model, make_options(*FORMATS[name])) for kind, name in CASES]
+    skipping = make_options("fp8", {}, skip_first_layers=1, skip=("layers.1.mlp",))
+    cases.append((SKIPPED, tiny("llama"), KINDS["llama"].model, skipping))
+    return load_in_plain_transformers(tmp_path_factory.mktemp("plain"), cases)
+
+
+@pytest.fixture(scope="module")
+def smollm2_results(smollm2_dir, tmp_path_factory):
+    cases = [((kind, name), smollm2_dir, "LlamaForCausalLM", make_options(*FORMATS[name])) for kind, name in SMOLLM2]
+    return load_in_plain_transformers(tmp_path_factory.mktemp("smollm2"), cases)
+
+
+def assert_same(results, case):
+    packed, dense, reports = results[case]
+    assert reports == [{}, {}]
+    assert np.isfinite(dense).all()
+    assert dense.std() > 0.1
+    np.testing.assert_array_equal(packed, dense)
+
+
+@pytest.mark.parametrize("case", [*CASES, SKIPPED], ids="-".join)
+def test_tiny_models(tiny_results, case):
+    assert_same(tiny_results, case)
+
+
+@pytest.mark.parametrize("case", SMOLLM2, ids="-".join)
+def test_smollm2(smollm2_results, case):
+    assert_same(smollm2_results, case)
+
+
+def test_the_dense_models_differ_from_each_other(tiny_results):
+    """Else equality above would show nothing."""
+    logits = [tiny_results[case][1] for case in [*CASES[: len(FORMATS)], SKIPPED]]
+    assert all(not np.array_equal(a, b) for i, a in enumerate(logits) for b in logits[:i])
