@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from safetensors.numpy import save_file
 
 from make_tiny import KINDS
@@ -38,7 +37,7 @@ CASES = [
     ("qwen3-moe", "fp8-block"),
 ]
 SKIPPED = ("llama", "fp8-tensor-skip")
-SMOLLM2 = [("smollm2", "fp4"), ("smollm2", "fp8-tensor")]
+SMOLLM2 = ("fp4", "fp8-tensor")
 
 
 def write_dense(source, artifact_directory, target):
@@ -80,39 +79,30 @@ def load_in_plain_transformers(root, cases):
     return {case: (logits[2 * i], logits[2 * i + 1], reports[2 * i : 2 * i + 2]) for i, (case, *_) in enumerate(cases)}
 
 
-@pytest.fixture(scope="module")
-def tiny_results(tiny, tmp_path_factory):
-    cases = [((kind, name), tiny(kind), KINDS[kind].model, make_options(*FORMATS[name])) for kind, name in CASES]
-    skipping = make_options("fp8", {}, skip_first_layers=1, skip=("layers.1.mlp",))
-    cases.append((SKIPPED, tiny("llama"), KINDS["llama"].model, skipping))
-    return load_in_plain_transformers(tmp_path_factory.mktemp("plain"), cases)
-
-
-@pytest.fixture(scope="module")
-def smollm2_results(smollm2_dir, tmp_path_factory):
-    cases = [((kind, name), smollm2_dir, "LlamaForCausalLM", make_options(*FORMATS[name])) for kind, name in SMOLLM2]
-    return load_in_plain_transformers(tmp_path_factory.mktemp("smollm2"), cases)
-
-
-def assert_same(results, case):
-    packed, dense, reports = results[case]
+def assert_same(packed, dense, reports):
     assert reports == [{}, {}]
     assert np.isfinite(dense).all()
     assert dense.std() > 0.1
     np.testing.assert_array_equal(packed, dense)
 
 
-@pytest.mark.parametrize("case", [*CASES, SKIPPED], ids="-".join)
-def test_tiny_models(tiny_results, case):
-    assert_same(tiny_results, case)
+def test_tiny_models(tiny, tmp_path, subtests):
+    """One test, so that one process loads them all."""
+    cases = [((kind, name), tiny(kind), KINDS[kind].model, make_options(*FORMATS[name])) for kind, name in CASES]
+    skipping = make_options("fp8", {}, skip_first_layers=1, skip=("layers.1.mlp",))
+    cases.append((SKIPPED, tiny("llama"), KINDS["llama"].model, skipping))
+    results = load_in_plain_transformers(tmp_path, cases)
+    for case, result in results.items():
+        with subtests.test("-".join(case)):
+            assert_same(*result)
+    with subtests.test("they differ from each other, else equality would show nothing"):
+        dense = [logits for (kind, _), (_, logits, _) in results.items() if kind == "llama"]
+        assert len(dense) == len(FORMATS) + 1
+        assert all(not np.array_equal(a, b) for i, a in enumerate(dense) for b in dense[:i])
 
 
-@pytest.mark.parametrize("case", SMOLLM2, ids="-".join)
-def test_smollm2(smollm2_results, case):
-    assert_same(smollm2_results, case)
-
-
-def test_the_dense_models_differ_from_each_other(tiny_results):
-    """Else equality above would show nothing."""
-    logits = [tiny_results[case][1] for case in [*CASES[: len(FORMATS)], SKIPPED]]
-    assert all(not np.array_equal(a, b) for i, a in enumerate(logits) for b in logits[:i])
+def test_smollm2(smollm2_dir, tmp_path, subtests):
+    cases = [(("smollm2", name), smollm2_dir, "LlamaForCausalLM", make_options(*FORMATS[name])) for name in SMOLLM2]
+    for case, result in load_in_plain_transformers(tmp_path, cases).items():
+        with subtests.test("-".join(case)):
+            assert_same(*result)
