@@ -16,7 +16,7 @@ from surogate_formats.nf4 import BLOCKS_PER_GROUP, NF4
 from surogate_formats.nvfp4 import BLOCK, NVFP4
 from surogate_quantize.kernels.source import INFINITY_BITS, KINDS, RAW_DTYPES
 
-Sums = tuple[int, int, int]
+Sums = tuple[float, float, int]
 """Squared error and squared sum in units, and the float32 bits of the largest error (`kernels.errors`)."""
 
 Work: TypeAlias = Callable[[], Sums]
@@ -96,7 +96,7 @@ def _nf4(fmt: NF4, source: Source, parts: Parts, amax: np.float32, unit: np.floa
             parts["absmax_scale"][groups] if double else nothing["f32"],
             parts["absmax_offset"][groups] if double else nothing["f32"],
         )
-        yield _bound(quantize_nf4, flat[values], source.kind, fmt.block_size, double, unit, *outputs)
+        yield _bound(quantize_nf4, flat[values], source.kind, source.mask, fmt.block_size, double, unit, *outputs)
 
 
 def _nvfp4(fmt: NVFP4, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Iterator[Work]:
@@ -104,38 +104,59 @@ def _nvfp4(fmt: NVFP4, source: Source, parts: Parts, amax: np.float32, unit: np.
 
     g = fmt.divisor(amax)
     parts["global_scale"][0] = g
-    scale = parts["scale"].view(np.uint8)
-    height = BLOCK if fmt.two_d else 1
-    for rows in _bands(source.raw.shape, BLOCK):
-        yield _bound(
-            quantize_nvfp4, source.raw[rows], source.kind, height, g, fmt.four_over_six, METRICS[fmt.metric], unit,
-            parts["codes"][rows], scale[rows],
-        )  # fmt: skip
+    choice = (fmt.four_over_six, METRICS[fmt.metric], unit)
+    if fmt.two_d:
+        raw, codes, scale = source.raw, parts["codes"], parts["scale"].view(np.uint8)
+        for rows in _bands(raw.shape, BLOCK):
+            outputs = (codes[rows], scale[rows])
+            yield _bound(quantize_nvfp4, raw[rows], source.kind, source.mask, BLOCK, g, *choice, *outputs)
+        return
+    raw, codes, scale = _one_row(source.raw), _one_row(parts["codes"]), _one_row(parts["scale"].view(np.uint8))
+    for start in range(0, raw.size, PIECE):
+        end = start + PIECE
+        outputs = (codes[:, start // 2 : end // 2], scale[:, start // BLOCK : end // BLOCK])
+        yield _bound(quantize_nvfp4, raw[:, start:end], source.kind, source.mask, 1, g, *choice, *outputs)
 
 
 def _fp8(fmt: FP8, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Iterator[Work]:
+    from surogate_quantize.kernels.fp8 import quantize_fp8
+
+    codes = parts["codes"].view(np.uint8)
+    if fmt.scaling == "tensor":
+        parts["scale"][:] = scale = fmt.scales(np.array([amax], np.float32))
+        raw, codes = _one_row(source.raw), _one_row(codes)
+        for start in range(0, raw.size, PIECE):
+            piece = slice(start, start + PIECE)
+            yield _bound(quantize_fp8, raw[:, piece], source.kind, scale[None], 1, PIECE, unit, codes[:, piece])
+        return
+    tile = (TILE, TILE) if fmt.scaling == "block" else (1, source.raw.shape[1])
+    for band in _bands(source.raw.shape, tile[0]):
+        scale = parts["scale"][band.start // tile[0] : -(-band.stop // tile[0])]
+        yield _bound(_fp8_tiles, fmt, source, source.raw[band], tile, unit, codes[band], scale)
+
+
+def _fp8_tiles(
+    fmt: FP8,
+    source: Source,
+    raw: NDArray[Any],
+    tile: tuple[int, int],
+    unit: np.float32,
+    codes: NDArray[np.uint8],
+    stored: NDArray[Any],
+) -> Sums:
+    """A band of whole tiles [height, width], which finds its own scales."""
     from surogate_quantize.kernels.fp8 import quantize_fp8, tile_amax_bits
 
-    rows, columns = source.raw.shape
-    height, width = {"tensor": (rows, columns), "channel": (1, columns), "block": (TILE, TILE)}[fmt.scaling]
-    codes = parts["codes"].view(np.uint8)
+    bits = np.zeros(stored.shape, raw.dtype)
+    tile_amax_bits(raw, *tile, source.mask, bits)
+    stored[:] = scale = fmt.scales(source.magnitudes(bits))
+    sums: Sums = quantize_fp8(raw, source.kind, scale, *tile, unit, codes)
+    return sums
 
-    def work(band: slice) -> Sums:
-        raw = source.raw[band]
-        if fmt.scaling == "tensor":
-            scale = fmt.scales(np.full((1, 1), amax, np.float32))
-            stored = slice(None)
-        else:
-            bits = np.empty((-(-raw.shape[0] // height), -(-columns // width)), raw.dtype)
-            tile_amax_bits(raw, height, width, source.mask, bits)
-            scale = fmt.scales(source.magnitudes(bits))
-            stored = slice(band.start // height, band.start // height + len(scale))
-        parts["scale"][stored] = scale.reshape(parts["scale"][stored].shape)
-        sums: Sums = quantize_fp8(raw, source.kind, scale, height, width, unit, codes[band])
-        return sums
 
-    for band in _bands(source.raw.shape, TILE if fmt.scaling == "block" else 1):
-        yield _bound(work, band)
+def _one_row(array: NDArray[Any]) -> NDArray[Any]:
+    """[1, n]: where tiles are one row high, the row's end means nothing."""
+    return array.reshape(1, -1)
 
 
 def _bands(shape: tuple[int, ...], multiple: int) -> Iterator[slice]:

@@ -1,51 +1,54 @@
-"""Errors of a piece, summed in integers: the same on every machine, thread count and vector width.
+"""Errors of a piece, the same on every machine, thread count and vector width.
 
-Differences and values are counted in units of the tensor's largest magnitude / 2^21. A unit is far below the error of any format, the
-squares of a piece of 2^20 values fit 63 bits, and integer sums don't depend on their order, so loops may vectorize as they like.
+Squares are summed in lanes: a lane takes the values at one place of every chunk, in their order, so that the order of
+additions is fixed while a loop over the lanes vectorizes. Differences and values are multiplied by a power of two
+first, which brings the largest magnitude of the tensor to about 2^21: no square overflows, and only what is far below
+any format's error underflows.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-UNITS = np.float32(2.0**21)
-"""Units in the largest magnitude of a tensor."""
+from surogate_quantize.kernels.compiling import inner
 
-LARGEST_PIECE = 2**20
-"""Values that a piece may have so that its sums can't overflow."""
-
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_ZERO, _MAGNITUDE = np.float32(0), np.uint32(0x7FFFFFFF)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def squared_error(values: NDArray[np.float32], x: NDArray[np.float32], unit: np.float32) -> np.int64:
-    """Sum of (value - x)^2 in squared units; `unit` is how many there are in 1."""
-    total = np.int64(0)
-    for i in range(x.size):
-        k = np.int32(np.rint((values[i] - x[i]) * unit))
-        total += np.int64(k) * np.int64(k)
-    return total
+@inner
+def add_errors(
+    miss: NDArray[np.float32],
+    x: NDArray[np.float32],
+    unit: np.float32,
+    error: NDArray[np.float32],
+    square: NDArray[np.float32],
+) -> np.uint32:
+    """Adds the squares of `miss` and `x`, in units, to the lanes; `unit` is how many units there are in 1.
 
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def squared_sum(x: NDArray[np.float32], unit: np.float32) -> np.int64:
-    """Sum of x^2 in squared units."""
-    total = np.int64(0)
-    for i in range(x.size):
-        k = np.int32(np.rint(x[i] * unit))
-        total += np.int64(k) * np.int64(k)
-    return total
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def largest_error_bits(values: NDArray[np.float32], x: NDArray[np.float32], scratch: NDArray[np.float32]) -> np.uint32:
-    """The float32 bits of the largest |value - x|."""
-    bits = scratch.view(np.uint32)
+    Returns:
+        The float32 bits of the largest |miss|: magnitudes order as their bits do.
+    """
     largest = np.uint32(0)
     for i in range(x.size):
-        scratch[i] = values[i] - x[i]
-    for i in range(x.size):
-        largest = max(largest, bits[i] & _MAGNITUDE)
+        missed, value = miss[i] * unit, x[i] * unit
+        error[i] = error[i] + missed * missed
+        square[i] = square[i] + value * value
+        largest = np.uint32(max(largest, np.uint32(np.float32(miss[i]).view(np.uint32) & _MAGNITUDE)))
     return largest
+
+
+@inner
+def clear(values: NDArray[np.float32]) -> None:
+    """Fills lanes with zeros."""
+    for i in range(values.size):
+        values[i] = _ZERO
+
+
+@inner
+def total(values: NDArray[np.float32]) -> np.float64:
+    """The sum of lanes."""
+    result = np.float64(0)
+    for i in range(values.size):
+        result += np.float64(values[i])
+    return result

@@ -5,23 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from surogate_formats.fp8 import TILE
+from surogate_quantize.kernels.compiling import inner, kernel
 from surogate_quantize.kernels.e4m3 import round_e4m3
-from surogate_quantize.kernels.errors import largest_error_bits, squared_error, squared_sum
-from surogate_quantize.kernels.source import largest_bits, widen
+from surogate_quantize.kernels.errors import add_errors, clear, total
+from surogate_quantize.kernels.source import largest_bits, spread, widen
+
+CHUNK = 1024
+"""Values of a row that are worked on together; a multiple of `TILE`."""
+
+_MAGNITUDE, _SIGN, _SIGN_TO_CODE = np.uint32(0x7FFFFFFF), np.uint32(0x80000000), np.uint32(24)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def tile_amax_bits(raw: NDArray[Any], height: int, width: int, mask: Any, out: NDArray[Any]) -> None:
     """The largest magnitude bits of each `height` x `width` tile of `raw` [rows, K], clipped at the edges.
 
-    `out` [row tiles, column tiles] has the dtype of `raw`. A channel is a tile of one row and K columns.
+    `out` [row tiles, column tiles] has the dtype of `raw`, and is 0. A channel is a tile of one row and K columns.
     """
     rows, columns = raw.shape
-    out[:] = raw.dtype.type(0)
     for r in range(rows):
         line = out[r // height]
         for tile in range(line.size):
@@ -29,7 +33,19 @@ def tile_amax_bits(raw: NDArray[Any], height: int, width: int, mask: Any, out: N
             line[tile] = max(line[tile], largest_bits(part, mask))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@inner
+def _round_chunk(
+    x: NDArray[np.float32], scale: NDArray[np.float32], codes: NDArray[np.uint8], miss: NDArray[np.float32]
+) -> None:
+    """Codes, and dequantized minus source (of the magnitudes)."""
+    for i in range(codes.size):
+        bits = np.float32(x[i] / scale[i]).view(np.uint32)
+        code, value = round_e4m3(np.uint32(bits & _MAGNITUDE))
+        codes[i] = np.uint8(code | np.uint32(np.uint32(bits & _SIGN) >> _SIGN_TO_CODE))
+        miss[i] = value * scale[i] - abs(x[i])
+
+
+@kernel
 def quantize_fp8(
     raw: NDArray[Any],
     kind: int,
@@ -38,42 +54,29 @@ def quantize_fp8(
     width: int,
     unit: np.float32,
     codes: NDArray[np.uint8],
-) -> tuple[int, int, int]:
-    """Quantizes `raw` [rows, K] with `scale` [row tiles, column tiles] of tiles `height` x `width` into `codes` [rows, K].
+) -> tuple[float, float, int]:
+    """Quantizes `raw` [rows, K] with `scale` [row tiles, column tiles] into `codes` [rows, K].
+
+    A tile is `height` x `width`.
 
     Returns:
         Squared error and squared sum in units, and the bits of the largest error (see `errors`).
     """
     rows, columns = raw.shape
-    x, scaled = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    values, scratch = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    error, square, worst = np.int64(0), np.int64(0), np.uint32(0)
+    x, scales, miss = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    repeats = min(width, CHUNK)
+    sums, worst = np.empty((2, CHUNK), np.float32), np.uint32(0)
+    clear(sums[0])
+    clear(sums[1])
     for r in range(rows):
-        widen(raw[r], kind, x)
-        line = scale[r // height]
-        for tile in range(line.size):
-            begin, end = tile * width, min((tile + 1) * width, columns)
-            _divide(x[begin:end], line[tile], scaled[begin:end])
-        round_e4m3(scaled, codes[r], values, scratch)
-        for tile in range(line.size):
-            begin, end = tile * width, min((tile + 1) * width, columns)
-            _multiply(values[begin:end], line[tile])
-        error += squared_error(values, x, unit)
-        square += squared_sum(x, unit)
-        worst = max(worst, largest_error_bits(values, x, scratch))
-    return error, square, worst
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _divide(x: NDArray[np.float32], scale: np.float32, out: NDArray[np.float32]) -> None:
-    for i in range(x.size):
-        out[i] = x[i] / scale
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _multiply(values: NDArray[np.float32], scale: np.float32) -> None:
-    for i in range(values.size):
-        values[i] = values[i] * scale
+        for start in range(0, columns, CHUNK):
+            count = min(CHUNK, columns - start)
+            widen(raw[r, start : start + count], kind, x)
+            first = start // width
+            spread(scale[r // height, first : first + CHUNK // repeats], repeats, scales)
+            _round_chunk(x, scales, codes[r, start : start + count], miss)
+            worst = max(worst, add_errors(miss[:count], x[:count], unit, sums[0], sums[1]))
+    return total(sums[0]), total(sums[1]), int(worst)
 
 
 __all__ = ["TILE", "quantize_fp8", "tile_amax_bits"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from surogate_quantize.kernels.compiling import inner, kernel
 
 RAW_DTYPES: dict[str, Any] = {"F32": np.uint32, "BF16": np.uint16, "F16": np.uint16}
 """The unsigned integers that hold the bits of each source dtype."""
@@ -17,33 +18,79 @@ KINDS = {"F32": 0, "BF16": 1, "F16": 2}
 INFINITY_BITS = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
 """Magnitude bits from here on are an infinity or a NaN."""
 
+_ZERO, _HALF_WORD = np.float32(0), np.uint32(16)
+_F16_MAGNITUDE, _F16_SIGN, _F16_SHIFT = np.uint32(0x7FFF), np.uint32(0x8000), np.uint32(23 - 10)
 _F16_REBIAS = np.float32(2.0**112)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@inner
 def widen(raw: NDArray[Any], kind: int, out: NDArray[np.float32]) -> None:
-    """Writes the values of `raw` to the first places of float32 `out`, exactly.
+    """Writes the values of `raw` to the first places of float32 `out`, exactly, and zeros to the rest.
 
     A half's exponent is 112 below that of a float32 with the same bits; the multiplication also normalizes subnormals.
     """
-    bits = out.view(np.uint32)
     if kind == 1:
         for i in range(raw.size):
-            bits[i] = np.uint32(raw[i]) << np.uint32(16)
+            out[i] = np.uint32(np.uint32(raw[i]) << _HALF_WORD).view(np.float32)
     elif kind == 0:
         for i in range(raw.size):
-            bits[i] = np.uint32(raw[i])
+            out[i] = np.uint32(raw[i]).view(np.float32)
     else:
         for i in range(raw.size):
             half = np.uint32(raw[i])
-            bits[i] = ((half & np.uint32(0x7FFF)) << np.uint32(13)) | ((half & np.uint32(0x8000)) << np.uint32(16))
-            out[i] = out[i] * _F16_REBIAS
+            bits = np.uint32(((half & _F16_MAGNITUDE) << _F16_SHIFT) | ((half & _F16_SIGN) << _HALF_WORD))
+            out[i] = bits.view(np.float32) * _F16_REBIAS
+    for i in range(raw.size, out.size):
+        out[i] = _ZERO
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def largest_bits(raw: NDArray[Any], mask: Any) -> Any:
     """The largest magnitude bits (value & mask) in a flat `raw`: magnitudes order as their bits do."""
-    largest = raw[0] & mask
+    largest = raw.dtype.type(0)
     for i in range(raw.size):
-        largest = max(largest, raw[i] & mask)
+        # Without the casts these are 64-bit integers, and the loop does a quarter of the work at a time.
+        largest = raw.dtype.type(max(largest, raw.dtype.type(raw[i] & mask)))
     return largest
+
+
+@inner
+def magnitudes(raw: NDArray[Any], mask: Any, out: NDArray[Any]) -> None:
+    """Writes the magnitude bits of `raw` to the first places of `out` of the same dtype, and zeros to the rest."""
+    for i in range(raw.size):
+        out[i] = raw[i] & mask
+    for i in range(raw.size, out.size):
+        out[i] = 0
+
+
+@inner
+def _fold(values: NDArray[Any], out: NDArray[Any]) -> None:
+    """The larger one of each two values."""
+    for i in range(out.size):
+        left, right = values[2 * i], values[2 * i + 1]
+        out[i] = left if left > right else right
+
+
+@inner
+def largest_of_each(values: NDArray[Any], width: int, scratch: NDArray[Any], out: NDArray[Any]) -> None:
+    """The largest one of each `width` (a power of two) values; `scratch` is as long as `values`.
+
+    Folded in halves: each round is one long loop that vectorizes.
+    """
+    place = 0
+    while width > 2:
+        half = scratch[place : place + values.size // 2]
+        _fold(values, half)
+        values = half
+        place += half.size
+        width //= 2
+    _fold(values, out)
+
+
+@inner
+def spread(values: NDArray[np.float32], width: int, out: NDArray[np.float32]) -> None:
+    """Repeats each of `values` `width` times."""
+    for b in range(values.size):
+        value, part = values[b], out[b * width : (b + 1) * width]
+        for i in range(part.size):
+            part[i] = value
