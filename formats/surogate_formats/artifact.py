@@ -138,6 +138,7 @@ class Artifact:
         if expected != self.checkpoint.tensors.keys():
             name = sorted(expected ^ self.checkpoint.tensors.keys())[0]
             raise ArtifactError(f"{self.path}: {MANIFEST_NAME} and the files disagree about {name}; quantize again")
+        self._check_kept()
         for module, shape in self.modules.items():
             for stored in stored_tensors(self.layout, self.format, module, shape).values():
                 if stored.name not in expected:
@@ -149,3 +150,12 @@ class Artifact:
                         f"{self.path}: {stored.name} is {found.dtype} {list(found.shape)}, expected "
                         f"{stored.spec.dtype} {list(stored.spec.shape)}; quantize again"
                     )
+
+    def _check_kept(self) -> None:
+        for name, record in self.manifest.tensors.items():
+            info = self.checkpoint.tensors[name].info if record.decision == "keep" else None
+            if info is not None and (info.dtype, info.shape) != (record.dtype, record.shape):
+                raise ArtifactError(
+                    f"{self.path}: {name} is {info.dtype} {list(info.shape)}, {MANIFEST_NAME} says {record.dtype} "
+                    f"{list(record.shape)}; quantize again"
+                )

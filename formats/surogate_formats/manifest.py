@@ -74,10 +74,20 @@ class Manifest:
                     f"{where}: schema version {version!r}, this version of surogate-quant reads {SCHEMA_VERSION}"
                 )
             files = tuple(SourceFile(**entry) for entry in data.pop("files"))
-            tensors = {
-                name: TensorRecord(**{**entry, "shape": tuple(entry["shape"])})
-                for name, entry in data.pop("tensors").items()
-            }
+            tensors = {name: _record(entry) for name, entry in data.pop("tensors").items()}
             return cls(files=files, tensors=tensors, **data)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"{where}: not a manifest of surogate-quant ({error}); quantize again") from error
+
+
+def _record(entry: dict[str, Any]) -> TensorRecord:
+    record = TensorRecord(**{**entry, "shape": tuple(entry["shape"])})
+    numbers = (record.bits_per_weight, record.relative_error or 0.0, record.max_error or 0.0)
+    texts = (record.reason, record.dtype, *record.stored, *record.stored.values())
+    if record.decision not in ("quantize", "keep"):
+        raise ValueError(f"decision {record.decision!r}")
+    if not all(isinstance(number, int | float) for number in numbers) or not all(
+        isinstance(text, str) for text in texts
+    ):
+        raise TypeError("a field of another type")
+    return record

@@ -12,6 +12,7 @@ import yaml
 
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import Recipe
+from surogate_formats.registry import FORMATS
 
 LARGEST_FILE = 1 << 20
 """Bytes; a training file is a page of text."""
@@ -45,7 +46,7 @@ class TrainingConfig:
     Attributes:
         model: the source model, if named.
         format_name: `fp8`, `fp4` or `nf4`; None if no format is on.
-        parameters: the format's parameters that the file sets.
+        by_format: format name to its parameters that the file sets, also where it turns no format on.
         recipe: the arithmetic of a step, with its switches.
         lora: the adapter.
         skip_first_layers, skip_last_layers: decoder blocks that stay as they are.
@@ -54,12 +55,17 @@ class TrainingConfig:
 
     model: str | None = None
     format_name: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    by_format: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=Recipe)
     lora: Lora = field(default_factory=Lora)
     skip_first_layers: int = 0
     skip_last_layers: int = 0
     ignored: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The parameters of the format that is on; none if none is."""
+        return self.by_format.get(self.format_name or "", {})
 
 
 def _boolean(value: Any) -> bool:
@@ -135,7 +141,7 @@ KEYS: dict[str, _Key] = {
 _OURS = ("qlora_", "fp8_", "fp4_", "skip_quant_", "amax_")
 """A key that starts so and is not in `KEYS` would change what is quantized: it is never passed over."""
 
-_LOOKALIKES = frozenset({"local_rank"})
+_LOOKALIKES = frozenset({"local_rank", "mode"})
 """Keys of real trainers that are as near to one of ours as a misspelling."""
 
 
@@ -223,16 +229,16 @@ def _build(path: Path, values: dict[str, dict[str, Any]], ignored: tuple[str, ..
     formats = [name for name, on in values.get("format", {}).items() if on]
     if len(formats) > 1:
         raise TwoFormatsError(f"{path}: {' and '.join(formats)} are both on; leave one")
-    name = formats[0] if formats else None
-    parameters = dict(values.get(name, {})) if name else {}
-    if "double_quant" in parameters:
-        parameters["double_quant"] = "affine" if parameters["double_quant"] else "none"
+    by_format = {name: values[name] for name in FORMATS if name in values}
+    nf4 = by_format.get("nf4", {})
+    if "double_quant" in nf4:
+        nf4["double_quant"] = "affine" if nf4["double_quant"] else "none"
     lora = Lora(**values.get("lora", {}))
     if lora.rank < 1:
         raise TrainingConfigError(f"{path}: lora_rank is {lora.rank}; it must be at least 1")
     return TrainingConfig(
-        format_name=name,
-        parameters=parameters,
+        format_name=formats[0] if formats else None,
+        by_format=by_format,
         recipe=Recipe(**values.get("recipe", {})),
         lora=lora,
         ignored=ignored,

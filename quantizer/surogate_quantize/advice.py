@@ -9,6 +9,7 @@ import numpy as np
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.dtypes import NUMPY
+from surogate_formats.errors import SurogateError
 from surogate_formats.format import Format
 from surogate_formats.nvfp4 import NVFP4
 from surogate_formats.recipe import Recipe
@@ -42,6 +43,12 @@ def warnings_before(source: Checkpoint, made: Plan) -> list[str]:
     danger = options.layout.expert_warnings.get(options.format.name)
     if danger and any(".experts." in tensor.info.name for tensor in made.quantized):
         lines.append(danger)
+    dtypes = {tensor.info.dtype for tensor in made.quantized}
+    warning = options.layout.dtype_warnings.get(options.format.name)
+    if warning and dtypes != {"BF16"}:
+        lines.append(f"the source is {', '.join(sorted(dtypes))}: {warning}")
+    if "auto_map" in source.config:
+        lines.append("config.json names code of the model's own (auto_map); code is not carried over")
     return lines
 
 
@@ -63,8 +70,11 @@ class Comparison:
             return []
         weights = made.quantized
         sample = sorted({0, len(weights) // 2, len(weights) - 1})[:SAMPLE]
-        own = self._error(source, [weights[i] for i in sample], self._options.format)
-        other = self._error(source, [weights[i] for i in sample], other_format)
+        try:
+            own = self._error(source, [weights[i] for i in sample], self._options.format)
+            other = self._error(source, [weights[i] for i in sample], other_format)
+        except SurogateError:  # the alternative can't take these weights
+            return []
         if other >= own:
             return []
         return [words.format(own=own, other=other, n=len(sample), recipe=self._options.recipe.name)]
@@ -77,4 +87,5 @@ class Comparison:
             weight = Source.of(array, tensor.info.dtype)
             _, errors = self._engine.quantize(fmt, weight, self._engine.amax(weight))
             error, square = error + errors.squared_error, square + errors.squared_sum
+            del array, weight
         return float((error / square) ** 0.5) if square else 0.0

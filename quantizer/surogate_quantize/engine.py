@@ -116,7 +116,7 @@ def _total(sums: Sequence[Sums], unit: np.float32) -> Errors:
     scale = float(unit) ** 2
     worst = np.array([max((worst for _, _, worst in sums), default=0)], np.uint32).view(np.float32)
     return Errors(
-        squared_error=sum(error for error, _, _ in sums) / scale,
+        squared_error=sum(int(error) for error, _, _ in sums) / scale,
         squared_sum=sum(int(square) for _, square, _ in sums) / scale,
         max_error=float(worst[0]),
     )

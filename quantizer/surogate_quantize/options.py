@@ -95,7 +95,7 @@ def make_options(
     name = format_name or training.format_name
     if name is None:
         raise NoFormatError("no format: give --format nf4, fp4 or fp8, or a --config that turns one on")
-    fmt, chosen = settle(name, {**training.parameters, **parameters}, layout)
+    fmt, chosen = settle(name, {**training.by_format.get(name, {}), **parameters}, layout)
     check_compatible(name, training.recipe)
     first = training.skip_first_layers if skip_first_layers is None else skip_first_layers
     last = training.skip_last_layers if skip_last_layers is None else skip_last_layers

@@ -9,8 +9,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None  # type: ignore[assignment]
+
 from surogate_formats.errors import SurogateError, UsageError
 from surogate_formats.manifest import MANIFEST_NAME
+from surogate_quantize.sidecars import TEMPLATES, is_carried
+from surogate_quantize.syncing import sync_directory
 
 STAGING = ".surogate-staging"
 """Folder inside the output directory where files grow; a finished artifact has none."""
@@ -25,6 +32,10 @@ class OutputExistsError(UsageError):
 
 class OutputInSourceError(UsageError):
     """`--out` is the source, inside it, or around it."""
+
+
+class OutputBusyError(SurogateError):
+    """Another run is writing into `--out`."""
 
 
 class DiskFullError(SurogateError):
@@ -56,6 +67,36 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"--out {out}: is not empty; choose another, or --overwrite to replace an artifact")
     if names and not names & {MANIFEST_NAME, STAGING}:
         raise OutputExistsError(f"--out {out}: holds no {MANIFEST_NAME}, so --overwrite won't touch it; choose another")
+    strangers = sorted(name for name in names if not _is_ours(name))
+    if strangers:
+        raise OutputExistsError(
+            f"--out {out}: holds {', '.join(strangers[:3])}, which is no part of an artifact; move it away first"
+        )
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file of this name is one that a run writes."""
+    shard = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
+    return shard or name in {*_LAST, STAGING, TEMPLATES} or is_carried(name)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Holds the directory against a second run; the lock goes with the process, so a crash locks nobody out."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputBusyError(
+                f"--out {out}: another run is writing there; wait for it, or choose another"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -68,20 +109,28 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
 
     Raises:
         DiskFullError: too little room, seen before or while writing.
+        OutputBusyError: another run is writing there.
         OutputNotWritableError: the directory can't be made or written to.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    fresh = not out.is_dir() or not {entry.name for entry in out.iterdir()} - {STAGING}
+    with _disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with _disk_errors(out), _locked(out), _staged(out, needed, made) as staging:
+        yield staging
+
+
+@contextmanager
+def _staged(out: Path, needed: int, made: list[Path]) -> Iterator[Path]:
+    fresh = not {entry.name for entry in out.iterdir()} - {STAGING}
     staging = out / STAGING
     publishing = False
     try:
-        with _disk_errors(out):
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            _check_room(out, needed)
-            yield staging
-            publishing = True
-            _publish(staging, out)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        _check_room(out, needed)
+        yield staging
+        publishing = True
+        _publish(staging, out)
     except BaseException:
         with suppress(OSError):
             if fresh:
@@ -134,22 +183,3 @@ def _publish(staging: Path, out: Path) -> None:
 def _remove(entries: Iterable[Path]) -> None:
     for entry in list(entries):
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a small file and waits until the disk has it."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Waits until the disk has the directory's entries; a no-op where directories can't be opened."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from surogate_formats.nf4 import BLOCKS_PER_GROUP, NF4
 from surogate_formats.nvfp4 import BLOCK, NVFP4
 from surogate_quantize.kernels.source import INFINITY_BITS, KINDS, RAW_DTYPES
 
-Sums = tuple[float, float, int]
+Sums = tuple[int, int, int]
 """Squared error and squared sum in units, and the float32 bits of the largest error (`kernels.errors`)."""
 
 Work: TypeAlias = Callable[[], Sums]
@@ -112,8 +112,9 @@ def _nvfp4(fmt: NVFP4, source: Source, parts: Parts, amax: np.float32, unit: np.
             yield _bound(quantize_nvfp4, raw[rows], source.kind, source.mask, BLOCK, g, *choice, *outputs)
         return
     raw, codes, scale = _one_row(source.raw), _one_row(parts["codes"]), _one_row(parts["scale"].view(np.uint8))
-    for start in range(0, raw.size, PIECE):
-        end = start + PIECE
+    step = max(PIECE // BLOCK, 1) * BLOCK
+    for start in range(0, raw.size, step):
+        end = start + step
         outputs = (codes[:, start // 2 : end // 2], scale[:, start // BLOCK : end // BLOCK])
         yield _bound(quantize_nvfp4, raw[:, start:end], source.kind, source.mask, 1, g, *choice, *outputs)
 

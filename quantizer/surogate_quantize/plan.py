@@ -90,14 +90,19 @@ class Plan:
     def kept_modules(self) -> list[str]:
         """Full names of the modules that loaders must leave alone: every kept weight of two or more axes.
 
-        A tied head has no tensor of its own, but readers see its module, so it is listed too.
+        A tied head has no tensor of its own, and transformers and vLLM hold the experts of a layer in one module, so
+        those modules are listed too.
         """
-        kept = [
-            tensor.module
-            for tensor in self.tensors
-            if not tensor.decision.quantize and len(tensor.info.shape) > 1 and tensor.info.name.endswith(".weight")
-        ]
-        return kept + tied_heads(tensor.info.name for tensor in self.tensors)
+        kept: dict[str, None] = {}
+        for tensor in self.tensors:
+            if tensor.decision.quantize or len(tensor.info.shape) < 2:
+                continue
+            if tensor.info.name.endswith(".weight"):
+                kept[tensor.module] = None
+            path, experts, _ = tensor.info.name.partition(".experts.")
+            if experts:
+                kept[f"{path}.experts"] = None
+        return [*kept, *tied_heads(tensor.info.name for tensor in self.tensors)]
 
 
 def make_plan(source: Checkpoint, options: Options) -> Plan:

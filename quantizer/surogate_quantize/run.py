@@ -16,11 +16,12 @@ from surogate_formats.manifest import MANIFEST_NAME, Manifest
 from surogate_quantize.advice import Comparison, warnings_before
 from surogate_quantize.engine import CpuEngine
 from surogate_quantize.options import Options
-from surogate_quantize.output import check_output, staged, sync_directory, write_synced
+from surogate_quantize.output import check_output, staged
 from surogate_quantize.plan import Plan, PlannedTensor, make_plan
 from surogate_quantize.sidecars import carry_over, quantized_config, shard_index, shard_names
 from surogate_quantize.stream import Result, run_stream
 from surogate_quantize.summary import RunSummary, summarize_run
+from surogate_quantize.syncing import sync_directory, write_synced
 from surogate_quantize.version import VERSION
 
 HEADER_ROOM = 64 << 20
@@ -80,18 +81,17 @@ def quantize(
         engine = stack.enter_context(CpuEngine(workers))
         comparison = Comparison(engine, options)
         needed = sum(tensor.stored_bytes for tensor in made.tensors) + HEADER_ROOM
-        staging = stack.enter_context(staged(out_path, needed))
-        names = shard_names(made.shards)
-        progress = watch(made) if watch else lambda tensor: None
-        results = run_stream(source, made, engine, [staging / name for name in names], progress)
-        if len(names) > 1:
-            write_synced(staging / "model.safetensors.index.json", shard_index(made, names))
-        carried = carry_over(source_path, staging)
-        write_synced(staging / "config.json", quantized_config(dict(source.config), made))
-        write_synced(staging / MANIFEST_NAME, make_manifest(source, made, results).to_json().encode())
-        sync_directory(staging)
-        advice = comparison.advice(source, made)
-        advice += warnings_before(source, made)
+        names, config = shard_names(made.shards), quantized_config(dict(source.config), made)
+        with staged(out_path, needed) as staging:
+            progress = watch(made) if watch else lambda tensor: None
+            results = run_stream(source, made, engine, [staging / name for name in names], progress)
+            if len(names) > 1:
+                write_synced(staging / "model.safetensors.index.json", shard_index(made, names))
+            carried = carry_over(source_path, staging)
+            write_synced(staging / "config.json", config)
+            write_synced(staging / MANIFEST_NAME, make_manifest(source, made, results).to_json().encode())
+            sync_directory(staging)
+        advice = [*warnings_before(source, made), *comparison.advice(source, made)]
     seconds = time.perf_counter() - started
     return summarize_run(made, results, out=str(out), seconds=seconds, carried=carried, advice=advice)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,15 @@ from typing import Any
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.checkpoint.files import unreadable
 from surogate_quantize.plan import Plan
+from surogate_quantize.syncing import sync_directory
 
 CARRIED = (
     "tokenizer*",
+    "tekken.json",
+    "*.spm",
+    "*.codes",
+    "normalizer.json",
+    "dict.txt",
     "vocab*",
     "merges.txt",
     "*.model",
@@ -44,8 +51,12 @@ def carry_over(source: Path, target: Path) -> list[str]:
     names = sorted(entry.name for entry in source.iterdir() if entry.is_file() and is_carried(entry.name))
     for name in names:
         _copy(source / name, target / name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
+    templates = sorted(entry for entry in (source / TEMPLATES).glob("*.jinja") if entry.is_file())
+    if templates:
+        (target / TEMPLATES).mkdir()
+        for entry in templates:
+            _copy(entry, target / TEMPLATES / entry.name)
+        sync_directory(target / TEMPLATES)
         names.append(TEMPLATES)
     return names
 
@@ -57,6 +68,8 @@ def _copy(source: Path, target: Path) -> None:
         raise unreadable(shown(source), error) from None
     with reader, target.open("xb") as writer:
         shutil.copyfileobj(reader, writer)
+        writer.flush()
+        os.fsync(writer.fileno())
 
 
 def is_carried(name: str) -> bool:
@@ -69,7 +82,7 @@ def is_carried(name: str) -> bool:
 def quantized_config(config: dict[str, Any], plan: Plan) -> bytes:
     """config.json of the artifact: the source's, and how it is quantized."""
     declared = plan.options.layout.quantization_config(plan.options.format, plan.kept_modules())
-    return json.dumps({**config, "quantization_config": declared}, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps({**config, "quantization_config": declared}, indent=2).encode() + b"\n"
 
 
 def shard_names(count: int) -> list[str]:
@@ -84,4 +97,4 @@ def shard_index(plan: Plan, names: list[str]) -> bytes:
     weight_map = {stored.name: names[tensor.shard] for tensor in plan.tensors for stored in tensor.stored.values()}
     total = sum(tensor.stored_bytes for tensor in plan.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(index, indent=2).encode() + b"\n"

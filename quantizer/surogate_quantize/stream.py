@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.dtypes import NUMPY
-from surogate_formats.errors import SurogateError
+from surogate_formats.errors import NonFiniteWeightError, SurogateError
 from surogate_formats.format import Parts
 from surogate_formats.layouts import StoredTensor
 from surogate_formats.manifest import TensorRecord
@@ -30,6 +30,8 @@ READ_AHEAD = 128 << 20
 """Bytes: a larger weight is not read while another is quantized, and fused groups are held up to this sum."""
 
 WRITES_IN_FLIGHT = 3
+BYTES_IN_FLIGHT = 64 << 20
+"""Quantized tensors wait to be written up to this many, and up to this sum of bytes."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,15 @@ def run_stream(
     """
     results: dict[str, Result] = {}
     with ExitStack() as stack:
+        # Before the threads, so that the files are closed after them: a closed descriptor's number is soon another's.
+        shards = [stack.enter_context(ShardWriter(path, _contents(plan, i))) for i, path in enumerate(paths)]
         reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="read"))
         writer = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="write"))
-        shards = [stack.enter_context(ShardWriter(path, _contents(plan, i))) for i, path in enumerate(paths)]
         loader = _Loader(source, plan, engine)
         pending: deque[tuple[PlannedTensor, Future[Result]]] = deque()
 
-        def settle(limit: int) -> None:
-            while len(pending) > limit:
+        def settle(tensors: int, size: int) -> None:
+            while len(pending) > tensors or sum(_size_in_memory(tensor) for tensor, _ in pending) > size:
                 tensor, future = pending.popleft()
                 results[tensor.info.name] = future.result()
                 progress(tensor)
@@ -86,9 +89,11 @@ def run_stream(
             else:
                 parts, errors = _quantize(source, plan, engine, loader, tensor, loaded)
                 future = writer.submit(_write, tensor, shard, parts, errors)
+                del parts
+            del loaded  # the next weight must not be read while this one is held
             pending.append((tensor, future))
-            settle(WRITES_IN_FLIGHT)
-        settle(0)
+            settle(WRITES_IN_FLIGHT, BYTES_IN_FLIGHT)
+        settle(0, 0)
         for shard in shards:
             shard.sync()
     return results
@@ -96,6 +101,10 @@ def run_stream(
 
 def _contents(plan: Plan, shard: int) -> list[StoredTensor]:
     return [stored for tensor in plan.tensors if tensor.shard == shard for stored in tensor.stored.values()]
+
+
+def _size_in_memory(tensor: PlannedTensor) -> int:
+    return tensor.stored_bytes if tensor.decision.quantize else min(COPY_PIECE, tensor.stored_bytes)
 
 
 def _read_ahead(
@@ -118,7 +127,9 @@ def _read_ahead(
         waiting = ahead.pop(tensor.info.name, None)
         loaded = waiting.result() if waiting else loader.load(tensor)
         start_next()
+        del waiting
         yield tensor, loaded
+        del loaded
 
 
 class _Loader:
@@ -139,14 +150,28 @@ class _Loader:
         held = sum(held.source.raw.nbytes for held in self._held.values())
         hold = held + sum(member.info.nbytes for member in others) <= READ_AHEAD
         for member in others:
-            fetched = self._read(member)
             if hold:
-                self._held[member.info.name] = fetched
+                self._held[member.info.name] = self._read(member)
+            else:
+                self._measure(member)
         return loaded
 
     def group_amax(self, tensor: PlannedTensor) -> np.float32:
         """The largest magnitude over the tensor's fused group, whose members `load` has seen."""
         return max(self._amax[member] for member in tensor.group)
+
+    def _measure(self, tensor: PlannedTensor) -> None:
+        """Finds a weight's largest magnitude in pieces, without holding the weight."""
+        info, largest = tensor.info, np.float32(0)
+        buffer = np.empty(min(COPY_PIECE, info.nbytes), np.uint8)
+        try:
+            for offset in range(0, info.nbytes, COPY_PIECE):
+                count = self._source.read_into(info.name, buffer.data, offset)
+                piece = buffer[:count].view(NUMPY[info.dtype]).reshape(1, -1)
+                largest = max(largest, self._engine.amax(Source.of(piece, info.dtype)))
+        except NonFiniteWeightError:
+            self._read(tensor)  # raises with the index in the whole weight
+        self._amax[info.name] = largest
 
     def _read(self, tensor: PlannedTensor) -> _Loaded:
         info = tensor.info

@@ -1,3 +1,5 @@
-"""The tool's version: part of what determines an artifact's bytes."""
+"""The tool's version, shared with whoever only reads artifacts."""
 
-VERSION = "0.1.0"
+from surogate_formats.version import VERSION
+
+__all__ = ["VERSION"]

@@ -102,7 +102,7 @@ def test_the_three_examples_as_they_stand(load):
     assert load(NF4_EXAMPLE) == TrainingConfig(
         model="Qwen/Qwen3-4B",
         format_name="nf4",
-        parameters={"block_size": 64, "double_quant": "affine"},
+        by_format={"nf4": {"block_size": 64, "double_quant": "affine"}},
         recipe=Recipe("bf16"),
         lora=Lora(enabled=True, rank=16, alpha=32),
     )
@@ -302,3 +302,13 @@ def test_paths_that_hold_no_training_file(tmp_path):
     large.write_bytes(b"#" * (LARGEST_FILE + 1))
     with pytest.raises(TrainingConfigError, match="larger than"):
         load_training_config(large)
+
+
+def test_parameters_of_a_format_that_the_command_line_turns_on_are_kept(load):
+    config = load("qlora_bnb_block_size: 128\nqlora_bnb_double_quant: false\n")
+    assert config.parameters == {}
+    assert config.by_format["nf4"] == {"block_size": 128, "double_quant": "none"}
+
+
+def test_a_foreign_key_may_be_near_to_one_of_ours(load):
+    assert load("mode: train\n").ignored == ("mode",)

@@ -11,6 +11,7 @@ from surogate_quantize import output
 from surogate_quantize.output import (
     STAGING,
     DiskFullError,
+    OutputBusyError,
     OutputExistsError,
     OutputInSourceError,
     OutputNotWritableError,
@@ -69,9 +70,24 @@ def test_what_holds_something_is_refused_and_overwrite_takes_artifacts_alone(sou
     with pytest.raises(OutputExistsError, match=r"holds no surogate\.json, so --overwrite won't touch it"):
         check_output(out, source, overwrite=True)
     (out / "surogate.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match=r"holds notes\.txt, which is no part of an artifact"):
+        check_output(out, source, overwrite=True)
+    (out / "notes.txt").unlink()
     check_output(out, source, overwrite=True)
     with pytest.raises(OutputExistsError, match="--overwrite to replace"):
         check_output(out, source, overwrite=False)
+
+
+def test_a_second_run_is_refused_while_one_writes(tmp_path):
+    out = tmp_path / "out"
+    with staged(out, 0) as staging:
+        (staging / "model.safetensors").write_bytes(b"first")
+        with pytest.raises(OutputBusyError, match="another run is writing there"), staged(out, 0):
+            pass
+        assert (staging / "model.safetensors").read_bytes() == b"first"
+        for name in ("config.json", "surogate.json"):
+            (staging / name).write_bytes(b"{}")
+    assert (out / "model.safetensors").read_bytes() == b"first"
 
 
 def test_a_file_or_a_dangling_link_is_refused(source):

@@ -57,6 +57,26 @@ def test_kept_modules_are_full_names_of_everything_with_two_axes(source):
     assert set(skipped) == {"lm_head", "model.embed_tokens", *(name for name in LINEARS if ".layers.0." in name)}
 
 
+def test_kept_experts_are_listed_by_the_module_that_holds_them_all(tmp_path):
+    tensors = llama()
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        tensors |= {
+            f"{experts}.0.{leaf}_proj.weight": np.ones((128, 128), np.float32) for leaf in ("gate", "up", "down")
+        }
+    tensors["model.layers.1.mlp.experts.gate_up_proj"] = np.ones((2, 128, 128), np.float32)
+    write_checkpoint(tmp_path, tensors)
+    kept = plan_of(tmp_path, skip_first_layers=1).kept_modules()
+    assert {"model.layers.0.mlp.experts", "model.layers.0.mlp.experts.0.up_proj"} <= set(kept)
+    assert "model.layers.1.mlp.experts" in kept
+    assert "model.layers.1.mlp.experts" not in plan_of(write_without_fused(tmp_path, tensors)).kept_modules()
+
+
+def write_without_fused(folder, tensors):
+    del tensors["model.layers.1.mlp.experts.gate_up_proj"]
+    return write_checkpoint(folder / "unfused", tensors)
+
+
 def test_a_tied_head_has_no_tensor_and_is_listed(tmp_path):
     write_checkpoint(tmp_path, llama(tied=True))
     made = plan_of(tmp_path)

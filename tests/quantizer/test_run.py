@@ -240,13 +240,15 @@ def test_kept_tensors_larger_than_a_copied_piece_and_odd_ones(tmp_path):
         "model.empty": np.empty((0, 5), np.float16),
         "model.mask": np.array([True, False]),
     }
+    extra["model.big.weight"][0] = np.inf
     tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in llama().items()} | extra
     from safetensors.numpy import save_file
 
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(CONFIG))
     save_file(tensors, tmp_path / "source" / "model.safetensors")
-    make(tmp_path / "source", tmp_path / "out", "fp8")
+    summary = make(tmp_path / "source", tmp_path / "out", "fp8")
+    assert summary.warnings == ("model.big.weight is kept as it is, and holds a NaN or an infinity",)
     assert check_artifact(tmp_path / "source", tmp_path / "out") == sorted(LINEARS)
     found = payloads(tmp_path / "out")
     assert found["model.scalar"][:2] == ("I64", ())

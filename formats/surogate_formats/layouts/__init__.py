@@ -61,8 +61,8 @@ def settle(name: str, parameters: Mapping[str, Any], layout: str | None = None) 
         refusal = candidate.refusal(fmt)
         if refusal is None:
             return fmt, candidate
-        refusals.append(f"--layout {candidate.name}: {refusal}")
-    raise LayoutRefusesError(refusals[-1])
+        refusals.append((name not in candidate.suffixes, f"--layout {candidate.name}: {refusal}"))
+    raise LayoutRefusesError(min(refusals)[1])
 
 
 def layout_of_config(config: object) -> Layout:

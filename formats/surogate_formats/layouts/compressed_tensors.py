@@ -34,7 +34,12 @@ class CompressedTensorsLayout:
     fixed: ClassVar[dict[str, dict[str, Any]]] = {"fp8": {"scale_dtype": "bfloat16"}}
     expert_warnings: ClassVar[dict[str, str]] = {
         "fp4": "transformers 5.24 reads fp4 experts in layout compressed-tensors wrongly and without an error "
-        "(huggingface/transformers#48371)"
+        "(huggingface/transformers#48371)",
+        "fp8": "vLLM can't load weight-only fp8 experts in layout compressed-tensors; --scaling block gives it hf-fp8",
+    }
+    dtype_warnings: ClassVar[dict[str, str]] = {
+        "fp4": "plain transformers runs fp4 in bfloat16 alone, and fails at the first forward of other models",
+        "fp8": "plain transformers rounds the scales to the model's dtype, which float16 holds less exactly",
     }
 
     def refusal(self, fmt: Format) -> str | None:

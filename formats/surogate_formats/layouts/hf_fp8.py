@@ -18,6 +18,7 @@ class HfFp8Layout:
 
     fixed: ClassVar[dict[str, dict[str, Any]]] = {}
     expert_warnings: ClassVar[dict[str, str]] = {}
+    dtype_warnings: ClassVar[dict[str, str]] = {}
 
     def refusal(self, fmt: Format) -> str | None:
         """Only tiles: vLLM doesn't know the other scalings under these names."""

@@ -33,6 +33,9 @@ class Layout(Protocol):
     expert_warnings: ClassVar[dict[str, str]]
     """Format name to what its readers get wrong about mixture-of-experts weights."""
 
+    dtype_warnings: ClassVar[dict[str, str]]
+    """Format name to what its readers get wrong about models that aren't in bfloat16."""
+
     def refusal(self, fmt: Format) -> str | None:
         """Why the format with its parameters has no place in this layout; None if it has."""
         ...

@@ -33,6 +33,7 @@ class SurogateLayout:
 
     fixed: ClassVar[dict[str, dict[str, Any]]] = {}
     expert_warnings: ClassVar[dict[str, str]] = {}
+    dtype_warnings: ClassVar[dict[str, str]] = {}
 
     def refusal(self, fmt: Format) -> str | None:
         """Every NF4 has a place."""

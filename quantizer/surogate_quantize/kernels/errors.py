@@ -1,9 +1,8 @@
-"""Errors of a piece, the same on every machine, thread count and vector width.
+"""Errors of a piece, summed in integers: the same on every machine, thread count and vector width.
 
-Squares are summed in lanes: a lane takes the values at one place of every chunk, in their order, so that the order of
-additions is fixed while a loop over the lanes vectorizes. Differences and values are multiplied by a power of two
-first, which brings the largest magnitude of the tensor to about 2^21: no square overflows, and only what is far below
-any format's error underflows.
+Differences and values are counted in units of the tensor's largest magnitude / 2^21 (rounded to a power of two). A unit
+is far below the error of any format, the squares of a piece of 2^20 values fit 63 bits, and integer sums don't depend
+on their order, so loops may vectorize as they like.
 """
 
 from __future__ import annotations
@@ -13,42 +12,23 @@ from numpy.typing import NDArray
 
 from surogate_quantize.kernels.compiling import inner
 
-_ZERO, _MAGNITUDE = np.float32(0), np.uint32(0x7FFFFFFF)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 @inner
-def add_errors(
-    miss: NDArray[np.float32],
-    x: NDArray[np.float32],
-    unit: np.float32,
-    error: NDArray[np.float32],
-    square: NDArray[np.float32],
-) -> np.uint32:
-    """Adds the squares of `miss` and `x`, in units, to the lanes; `unit` is how many units there are in 1.
+def squared_sum(x: NDArray[np.float32], unit: np.float32) -> np.int64:
+    """Sum of x^2 in squared units; `unit` is how many there are in 1."""
+    total = np.int64(0)
+    for i in range(x.size):
+        k = np.int32(np.rint(x[i] * unit))
+        total += np.int64(k) * np.int64(k)
+    return total
 
-    Returns:
-        The float32 bits of the largest |miss|: magnitudes order as their bits do.
-    """
+
+@inner
+def largest_magnitude_bits(x: NDArray[np.float32]) -> np.uint32:
+    """The float32 bits of the largest |x|: magnitudes order as their bits do."""
     largest = np.uint32(0)
     for i in range(x.size):
-        missed, value = miss[i] * unit, x[i] * unit
-        error[i] = error[i] + missed * missed
-        square[i] = square[i] + value * value
-        largest = np.uint32(max(largest, np.uint32(np.float32(miss[i]).view(np.uint32) & _MAGNITUDE)))
+        largest = np.uint32(max(largest, np.uint32(np.float32(x[i]).view(np.uint32) & _MAGNITUDE)))
     return largest
-
-
-@inner
-def clear(values: NDArray[np.float32]) -> None:
-    """Fills lanes with zeros."""
-    for i in range(values.size):
-        values[i] = _ZERO
-
-
-@inner
-def total(values: NDArray[np.float32]) -> np.float64:
-    """The sum of lanes."""
-    result = np.float64(0)
-    for i in range(values.size):
-        result += np.float64(values[i])
-    return result

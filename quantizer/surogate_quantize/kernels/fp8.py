@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from surogate_formats.fp8 import TILE
 from surogate_quantize.kernels.compiling import inner, kernel
 from surogate_quantize.kernels.e4m3 import round_e4m3
-from surogate_quantize.kernels.errors import add_errors, clear, total
+from surogate_quantize.kernels.errors import largest_magnitude_bits, squared_sum
 from surogate_quantize.kernels.source import largest_bits, spread, widen
 
 CHUNK = 1024
@@ -54,7 +54,7 @@ def quantize_fp8(
     width: int,
     unit: np.float32,
     codes: NDArray[np.uint8],
-) -> tuple[float, float, int]:
+) -> tuple[int, int, int]:
     """Quantizes `raw` [rows, K] with `scale` [row tiles, column tiles] into `codes` [rows, K].
 
     A tile is `height` x `width`.
@@ -65,9 +65,7 @@ def quantize_fp8(
     rows, columns = raw.shape
     x, scales, miss = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     repeats = min(width, CHUNK)
-    sums, worst = np.empty((2, CHUNK), np.float32), np.uint32(0)
-    clear(sums[0])
-    clear(sums[1])
+    error, square, worst = np.int64(0), np.int64(0), np.uint32(0)
     for r in range(rows):
         for start in range(0, columns, CHUNK):
             count = min(CHUNK, columns - start)
@@ -75,8 +73,10 @@ def quantize_fp8(
             first = start // width
             spread(scale[r // height, first : first + CHUNK // repeats], repeats, scales)
             _round_chunk(x, scales, codes[r, start : start + count], miss)
-            worst = max(worst, add_errors(miss[:count], x[:count], unit, sums[0], sums[1]))
-    return total(sums[0]), total(sums[1]), int(worst)
+            error += squared_sum(miss[:count], unit)
+            square += squared_sum(x[:count], unit)
+            worst = max(worst, largest_magnitude_bits(miss[:count]))
+    return int(error), int(square), int(worst)
 
 
 __all__ = ["TILE", "quantize_fp8", "tile_amax_bits"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from surogate_formats.nf4 import ABSMAX_FLOOR, BLOCKS_PER_GROUP
 from surogate_formats.tables import NF4_CODEBOOK, NF4_MIDPOINTS
 from surogate_quantize.kernels.compiling import inner, kernel
-from surogate_quantize.kernels.errors import add_errors, clear, total
+from surogate_quantize.kernels.errors import largest_magnitude_bits, squared_sum
 from surogate_quantize.kernels.source import largest_of_each, magnitudes, spread, widen
 
 CHUNK = 1024
@@ -105,7 +105,7 @@ def quantize_nf4(
     absmax_f: NDArray[np.float32],
     scale: NDArray[np.float32],
     offset: NDArray[np.float32],
-) -> tuple[float, float, int]:
+) -> tuple[int, int, int]:
     """Quantizes a flat piece `raw` that starts a group; the output arrays are the piece's own slices.
 
     With `double`, `absmax_q`, `scale` and `offset` are written, else `absmax_f`.
@@ -119,9 +119,7 @@ def quantize_nf4(
     miss, nibbles = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8)
     absmax, inverse = np.empty(BLOCKS_PER_GROUP, np.float32), np.empty(BLOCKS_PER_GROUP, np.float32)
     bits, absmax_bits = np.empty((2, span), raw.dtype), np.empty(BLOCKS_PER_GROUP, raw.dtype)
-    sums, worst = np.empty((2, CHUNK), np.float32), np.uint32(0)
-    clear(sums[0])
-    clear(sums[1])
+    error, square, worst = np.int64(0), np.int64(0), np.uint32(0)
     for group in range((raw.size + span - 1) // span):
         part = raw[group * span : (group + 1) * span]
         blocks = (part.size + block - 1) // block
@@ -143,5 +141,7 @@ def quantize_nf4(
             spread(absmax[b : b + per_chunk], block, absmaxes)
             _round_chunk(x, inverses, absmaxes, nibbles, miss)
             _pack(nibbles, codes[(group * span + start) // 2 : (group * span + start + count + 1) // 2])
-            worst = max(worst, add_errors(miss, x, unit, sums[0], sums[1]))
-    return total(sums[0]), total(sums[1]), int(worst)
+            error += squared_sum(miss, unit)
+            square += squared_sum(x, unit)
+            worst = max(worst, largest_magnitude_bits(miss))
+    return int(error), int(square), int(worst)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from surogate_formats.nvfp4 import BLOCK
 from surogate_quantize.kernels.compiling import inner, kernel
 from surogate_quantize.kernels.e2m1 import pack, round_line
-from surogate_quantize.kernels.errors import add_errors, clear, total
+from surogate_quantize.kernels.errors import largest_magnitude_bits, squared_sum
 from surogate_quantize.kernels.nvfp4_scales import METRICS, block_amax, block_scales, choose, measure, spread_steps
 from surogate_quantize.kernels.source import widen
 
@@ -39,7 +39,7 @@ def quantize_nvfp4(
     unit: np.float32,
     codes: NDArray[np.uint8],
     scale: NDArray[np.uint8],
-) -> tuple[float, float, int]:
+) -> tuple[int, int, int]:
     """Quantizes `raw` [rows, K] by tiles of `height` x 16 into `codes` [rows, K/2] and E4M3 bits `scale` [rows, K/16].
 
     Returns:
@@ -49,14 +49,11 @@ def quantize_nvfp4(
     strip = _strip(columns)
     blocks = strip // BLOCK
     x, steps, miss = np.empty(strip, np.float32), np.empty(strip, np.float32), np.empty(strip, np.float32)
-    error, square = np.empty(strip, np.float32), np.empty(strip, np.float32)
     amax, nibbles, peaks = np.empty(blocks, np.float32), np.empty(strip, np.uint8), np.empty((3, strip), raw.dtype)
     bits = (np.empty(blocks, np.uint8), np.empty(blocks, np.uint8))
     step = (np.empty(blocks, np.float32), np.empty(blocks, np.float32))
     misses = (np.empty(blocks, np.float32), np.empty(blocks, np.float32))
-    worst = np.uint32(0)
-    clear(error)
-    clear(square)
+    error, square, worst = np.int64(0), np.int64(0), np.uint32(0)
     for top in range(0, rows, height):
         band = raw[top : min(top + height, rows)]
         for first in range(0, columns, strip):
@@ -75,8 +72,10 @@ def quantize_nvfp4(
                 round_line(x, steps, nibbles, miss)
                 pack(nibbles, amax, codes[top + r, first // 2 : last // 2])
                 _store(bits[SIX], scale[top + r, first // BLOCK : last // BLOCK])
-                worst = max(worst, add_errors(miss, x, unit, error, square))
-    return total(error), total(square), int(worst)
+                error += squared_sum(miss, unit)
+                square += squared_sum(x, unit)
+                worst = max(worst, largest_magnitude_bits(miss))
+    return int(error), int(square), int(worst)
 
 
 @inner

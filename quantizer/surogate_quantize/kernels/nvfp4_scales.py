@@ -12,7 +12,6 @@ from surogate_formats.tables import E2M1_MAX, E4M3_MIN
 from surogate_quantize.kernels.compiling import inner
 from surogate_quantize.kernels.e2m1 import error_terms
 from surogate_quantize.kernels.e4m3 import round_e4m3
-from surogate_quantize.kernels.errors import clear
 from surogate_quantize.kernels.source import largest_of_each, magnitudes, widen
 
 MSE, L1, ABSMAX = 0, 1, 2
@@ -84,7 +83,8 @@ def measure(
     total: NDArray[np.float32],
 ) -> None:
     """The error `total` of each tile of `raw` [height, K] in the columns `first` to `last` with these steps."""
-    clear(total)
+    for b in range(total.size):
+        total[b] = _ZERO
     for r in range(raw.shape[0]):
         widen(raw[r, first:last], kind, x)
         error_terms(x, steps, metric == MSE, terms)
