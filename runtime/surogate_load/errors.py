@@ -25,6 +25,14 @@ class UnsupportedDeviceError(SurogateError):
     """The device can't run the recipe natively, and its emulation was not asked for."""
 
 
+class DeviceUnavailableError(SurogateError):
+    """torch can't reach the device: it doesn't exist, or torch was built without it."""
+
+
+class UnknownArchitectureError(SurogateError):
+    """The installed transformers can't make a model from the artifact's config.json."""
+
+
 class BackendUnavailableError(SurogateError):
     """The package behind `backend` is not installed."""
 

@@ -33,7 +33,12 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "size": f"{nbytes / 1e6:.1f} MB in {len(artifact.checkpoint.files)} files",
         "relative error": _error_range([record.relative_error for record in packed]),
         "kept": [f"{count} {reason}" for reason, count in kept.most_common()] or ["nothing"],
-        "loads in": list(readers(artifact.format, artifact.layout.name)),
+        "loads in": readers(
+            artifact.format,
+            artifact.layout.name,
+            experts=any("experts" in module.split(".") for module in artifact.modules),
+            bf16=all(record.dtype == "BF16" for record in packed),
+        ),
     }
 
 

@@ -113,13 +113,21 @@ class QuantizedLinear(nn.Linear):
         return super().__getattr__(self.part_names[0] if name == "weight" else name)
 
     def _apply(self, fn: Mover, recurse: bool = True) -> QuantizedLinear:
-        packed = {name: self._parameters.pop(name) for name in self.part_names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        old = dict(zip(self.part_names, self.parts, strict=True))
+        packed = {name: nn.Parameter(move_only(part.data, fn), requires_grad=False) for name, part in old.items()}
+        compute_dtype = cast_by(fn, self.compute_dtype)
+        for name in old:
+            del self._parameters[name]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._put_first(old)
+            raise
+        self._put_first(packed)
+        self.compute_dtype = compute_dtype
+        return self
+
+    def _put_first(self, packed: Mapping[str, Tensor]) -> None:
         others = dict(self._parameters)
         self._parameters.clear()
-        for name, parameter in packed.items():
-            assert parameter is not None
-            self._parameters[name] = nn.Parameter(move_only(parameter.data, fn), requires_grad=False)
-        self._parameters.update(others)
-        self.compute_dtype = cast_by(fn, self.compute_dtype)
-        return self
+        self._parameters.update({**packed, **others})  # type: ignore[dict-item]

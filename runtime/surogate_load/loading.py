@@ -13,7 +13,12 @@ import torch
 from surogate_formats.artifact import Artifact
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import RECIPES, Recipe, check_compatible
-from surogate_load.errors import MismatchedModelError, MissingExtraError
+from surogate_load.errors import (
+    DeviceUnavailableError,
+    MismatchedModelError,
+    MissingExtraError,
+    UnknownArchitectureError,
+)
 from surogate_load.training import set_recipe
 from surogate_load.weight import TORCH_DTYPES
 
@@ -43,14 +48,16 @@ def load_model(
 
     Raises:
         UsageError: an unknown recipe or switch, or a format and a recipe that don't go together.
+        DeviceUnavailableError: torch can't reach the device.
         UnsupportedDeviceError: the device can't run the recipe, and `emulate` is off.
+        UnknownArchitectureError: transformers can't make a model from config.json.
         ArtifactError, CheckpointError: the artifact is damaged, or is not this model's.
         MissingExtraError: transformers is not installed.
     """
     with Artifact.open(artifact) as opened:
         chosen = choose_recipe(opened.recipe, recipe, switches)
         check_compatible(opened.format.name, chosen)
-        model = _read_model(opened, torch.device(device), dtype or _source_dtype(opened))
+        model = _read_model(opened, _reachable(device), dtype or _source_dtype(opened))
     model.requires_grad_(False)
     set_recipe(model, chosen, emulate=emulate)
     return model
@@ -66,6 +73,20 @@ def choose_recipe(recorded: Recipe, name: str | None, switches: dict[str, Any]) 
     lowered = {key: value.lower() if isinstance(value, str) else value for key, value in switches.items()}
     chosen: dict[str, Any] = lowered if name is None else {**lowered, "name": name}
     return replace(recorded, **chosen)
+
+
+def _reachable(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
+        raise DeviceUnavailableError(f"device {device}: {one_line(error)}; choose another, such as cpu") from error
+    return chosen
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of another library's message, without the full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:")
 
 
 def _nearest(word: str, known: tuple[str, ...]) -> str:
@@ -106,7 +127,13 @@ def _read_model(artifact: Artifact, device: torch.device, dtype: torch.dtype) ->
     from surogate_load.hf_quantizer import claim
 
     path = str(artifact.path)
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except ValueError as error:
+        raise UnknownArchitectureError(
+            f"{path}: transformers {transformers.__version__} knows no model_type "
+            f"{artifact.config.get('model_type')!r} ({one_line(error)}); try a newer transformers"
+        ) from error
     config.quantization_config = claim(artifact.config["quantization_config"])
     placement = {} if device.type == "cpu" else {"device_map": {"": device}}
     model, report = model_class(artifact.config).from_pretrained(

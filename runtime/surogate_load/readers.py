@@ -4,26 +4,47 @@ from __future__ import annotations
 
 from surogate_formats.format import Format
 
-_OWN = "surogate_load: stays packed, trains LoRA"
-_VLLM = "vLLM"
-_SGLANG = "SGLang"
-_TRANSFORMERS = "transformers"
 _DENSE = "dense from the first forward on"
+_OWN = {"surogate_load": "stays packed, trains LoRA"}
 
-READERS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("nf4", "surogate"): (_OWN,),
-    ("fp4", "compressed-tensors"): (
-        _OWN,
-        f"{_TRANSFORMERS}: {_DENSE}; experts silently wrong",
-        f"{_VLLM}: from SM75",
-        _SGLANG,
-    ),
-    ("fp8", "compressed-tensors"): (_OWN, f"{_TRANSFORMERS}: {_DENSE}", f"{_VLLM}: from SM75", _SGLANG),
-    ("fp8", "hf-fp8"): (_OWN, f"{_TRANSFORMERS}: dense below SM89", _VLLM, _SGLANG, "Surogate"),
+READERS: dict[tuple[str, str], dict[str, str]] = {
+    ("nf4", "surogate"): _OWN,
+    ("fp4", "compressed-tensors"): {
+        **_OWN,
+        "transformers": f"{_DENSE}; experts silently wrong",
+        "vLLM": "from SM75",
+        "SGLang": "",
+    },
+    ("fp8", "compressed-tensors"): {**_OWN, "transformers": _DENSE, "vLLM": "from SM75", "SGLang": ""},
+    ("fp8", "hf-fp8"): {**_OWN, "transformers": "dense below SM89", "vLLM": "", "SGLang": "", "Surogate": ""},
 }
-"""Format and layout to one line a reader."""
+"""Format and layout to each reader and a remark."""
+
+WITH_EXPERTS: dict[tuple[str, str], dict[str, str]] = {
+    ("fp8", "compressed-tensors"): {"vLLM": "not these experts (weight-only FP8 experts: RuntimeError)"},
+}
+"""Remarks that replace those of `READERS` where experts are quantized."""
+
+NOT_BF16: dict[tuple[str, str], dict[str, str]] = {
+    ("fp4", "compressed-tensors"): {
+        "transformers": f"with dtype=bfloat16 only (else RuntimeError at the first forward), {_DENSE}; "
+        "experts silently wrong"
+    },
+    ("fp8", "compressed-tensors"): {"transformers": f"{_DENSE}; rounds the scales to the model's dtype"},
+}
+"""Remarks that replace those of `READERS` where the source isn't in bfloat16."""
 
 
-def readers(fmt: Format, layout: str) -> tuple[str, ...]:
-    """Who loads this format in this layout, one line each."""
-    return READERS[fmt.name, layout]
+def readers(fmt: Format, layout: str, *, experts: bool = False, bf16: bool = True) -> list[str]:
+    """Who loads this format in this layout, one line each.
+
+    Args:
+        fmt: the format.
+        layout: the layout's name.
+        experts: whether experts of a mixture are quantized.
+        bf16: whether every quantized weight was bfloat16 in the source.
+    """
+    key = fmt.name, layout
+    remarks = {**READERS[key], **(WITH_EXPERTS.get(key, {}) if experts else {})}
+    remarks |= {} if bf16 else NOT_BF16.get(key, {})
+    return [f"{reader}: {remark}" if remark else reader for reader, remark in remarks.items()]

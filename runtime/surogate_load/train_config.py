@@ -8,20 +8,24 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from filelock import FileLock
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.errors import UsageError
 from surogate_formats.manifest import MANIFEST_NAME
-from surogate_formats.training_config import Lora, TrainingConfig, load_training_config
+from surogate_formats.recipe import check_compatible
+from surogate_formats.training_config import KEYS, Lora, TrainingConfig, load_training_config
+from surogate_formats.version import VERSION
 from surogate_load.errors import MissingExtraError, QuantizerFailedError, SourceMissingError
-from surogate_load.loading import load_model
+from surogate_load.loading import choose_recipe, load_model
 
 _LOG = logging.getLogger("surogate_load")
 
@@ -54,7 +58,7 @@ def from_config(
 
     Raises:
         SourceMissingError: neither the file nor the caller names a model.
-        QuantizerFailedError: the quantizer, which runs as a process of its own, failed.
+        QuantizerFailedError: the quantizer, which runs as a process of its own, failed; so it does without a source.
         Everything that `load_training_config` and `load_model` raise.
     """
     config = load_training_config(path)
@@ -63,9 +67,14 @@ def from_config(
         raise SourceMissingError(f"{path}: names no model; pass from_config(..., model=DIR)")
     if config.format_name is None:
         raise UsageError(f"{path}: no format is on; set qlora_bnb, qlora_fp4 or qlora_fp8 to true")
+    chosen = choose_recipe(config.recipe, recipe, switches)
+    check_compatible(config.format_name, chosen)
+    config = replace(config, recipe=chosen)
+    if config.ignored:
+        _LOG.warning("%s: not ours, passed over: %s", path, ", ".join(config.ignored))
     artifact = quantized_once(Path(path), Path(source), config)
-    settings = {key: value for key, value in asdict(config.recipe).items() if key != "name"}
-    loaded = load_model(artifact, recipe or config.recipe.name, device, dtype, emulate, **{**settings, **switches})
+    settings = asdict(config.recipe)
+    loaded = load_model(artifact, settings.pop("name"), device, dtype, emulate, **settings)
     return _with_adapter(loaded, config.lora) if config.lora.enabled else loaded
 
 
@@ -77,12 +86,15 @@ def cache_directory() -> Path:
 
 def quantized_once(path: Path, source: Path, config: TrainingConfig) -> Path:
     """The artifact of a source under a training file; made if the cache doesn't hold it yet. Says where it is."""
+    if not source.exists():
+        _run_quantizer(path, source, config, "--dry-run")  # it knows what to advise
     out = cache_directory() / cache_key(source, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):  # every rank of a distributed run arrives here
         if not (out / MANIFEST_NAME).is_file():
             _LOG.warning("quantizing %s to %s, once, into %s", source, config.format_name, out)
-            _quantize(path, source, out)
+            # a killed run leaves an unfinished directory
+            _run_quantizer(path, source, config, "--out", str(out), "--overwrite")
         else:
             _LOG.warning("using the quantized base in %s", out)
     return out
@@ -106,21 +118,34 @@ def _version() -> str:
     try:
         return version("surogate-quant")
     except PackageNotFoundError:  # run from the source tree
-        return ""
+        return VERSION
 
 
-def _quantize(path: Path, source: Path, out: Path) -> None:
-    command = [sys.executable, "-m", "surogate_quantize", str(source), "--config", str(path), "--out", str(out)]
+def _run_quantizer(path: Path, source: Path, config: TrainingConfig, *arguments: str) -> None:
+    """Runs the quantizer on the training file's keys of ours, with the recipe that was settled."""
+    data = yaml.safe_load(path.read_text("utf-8"))
+    ours = {**{key: value for key, value in data.items() if key in KEYS}, "recipe": config.recipe.name}
+    with tempfile.TemporaryDirectory() as folder:
+        settled = Path(folder) / path.name
+        settled.write_text(yaml.safe_dump(ours), "utf-8")
+        command = [sys.executable, "-m", "surogate_quantize", str(source), "--config", str(settled), *arguments]
+        code, reason = _run(command)
+    if code:
+        raise QuantizerFailedError(f"{source} can't be quantized: {reason}")
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Exit code, and the error's line or else the last one of stderr; the lines are logged as they come."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    last = ""
+    last = failure = ""
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         for line in process.stderr or ():
             last = line.strip() or last
+            failure = last.removeprefix("Error: ") if last.startswith("Error: ") else failure
             _LOG.info("%s", last)
-    if process.returncode:
-        raise QuantizerFailedError(f"{source} can't be quantized: {last.removeprefix('Error: ')}")
+    return process.returncode, failure or last
 
 
 def _with_adapter(model: Any, lora: Lora) -> Any:

@@ -49,6 +49,6 @@ def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> No
     for module in model.modules():
         if callable(adopt := getattr(module, "adopt_recipe", None)):
             adopt()
-    watch(model, recipe)
+    watch(model)
     for line in notes.lines():
         _LOG.warning("recipe %s: %s", recipe.name, line)

@@ -1,18 +1,23 @@
 """surogate-load: results on stdout, one line on stderr for what is wrong, exit codes 0, 1 and 2."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
+from runtime.artifacts import write_artifact
 from runtime.layers import KINDS
 from runtime.test_loading import dense_twin
 
+from surogate_formats.fp8 import FP8
 from surogate_formats.layouts import LAYOUTS
+from surogate_formats.nvfp4 import NVFP4
 from surogate_load.cli import main
 from surogate_load.evaluate import evaluate, kl_and_perplexity, reference_logprobs, windows
 from surogate_load.loading import load_model
-from surogate_load.readers import READERS
+from surogate_load.readers import NOT_BF16, READERS, WITH_EXPERTS, readers
 
 
 def run(*arguments):
@@ -35,6 +40,33 @@ def test_inspect(artifact, kind):
 def test_every_format_in_every_layout_has_readers():
     held = {(fmt, layout.name) for layout in LAYOUTS.values() for fmt in layout.suffixes}
     assert held == READERS.keys()
+    for changes in (WITH_EXPERTS, NOT_BF16):
+        assert all(READERS[key].keys() > remarks.keys() for key, remarks in changes.items())
+
+
+def test_readers_know_experts_and_dtypes():
+    fp8, fp4, layout = FP8("channel", "bfloat16"), NVFP4(), "compressed-tensors"
+    assert "vLLM: from SM75" in readers(fp8, layout)
+    (vllm,) = (line for line in readers(fp8, layout, experts=True) if line.startswith("vLLM"))
+    assert "RuntimeError" in vllm
+    assert not any("RuntimeError" in line for line in readers(fp4, layout, experts=True))
+    assert any("dtype=bfloat16 only" in line for line in readers(fp4, layout, bf16=False))
+    assert any("rounds the scales" in line for line in readers(fp8, layout, bf16=False))
+    assert readers(fp8, layout, bf16=True) == readers(fp8, layout)
+
+
+def test_inspect_looks_for_experts_and_dtypes(artifact, tmp_path):
+    lines = json.loads(run("inspect", artifact("fp8-channel", dtype="float16"), "--json").stdout)["loads in"]
+    assert any("rounds the scales" in line for line in lines)
+    lines = json.loads(run("inspect", artifact("fp8-channel"), "--json").stdout)["loads in"]
+    assert not any("rounds the scales" in line or "RuntimeError" in line for line in lines)
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    path = write_artifact(transformers.MixtralForCausalLM(config).bfloat16(), tmp_path, KINDS["fp8-channel"])
+    lines = json.loads(run("inspect", path, "--json").stdout)["loads in"]
+    assert any("RuntimeError" in line for line in lines)
 
 
 def test_verify(artifact, tmp_path):
@@ -84,6 +116,25 @@ def test_evaluate(artifact, tmp_path):
     short = run(*arguments, "--context", 1000)
     assert (short.exit_code, short.stderr.count("\n")) == (2, 1)
     assert run(*arguments[:-1], tmp_path / "no").exit_code == 2
+
+
+def test_evaluate_against_what_can_not_be_loaded(artifact, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 20)
+    bare = tmp_path / "bare"
+    shutil.copytree(artifact("nf4").parent / "dense", bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    broken = tmp_path / "broken"
+    write_tokenizer(broken)
+    shutil.copy(bare / "config.json", broken)
+    for against, message in (
+        (tmp_path / "nowhere", "no such directory"),
+        (bare, "its tokenizer can't be loaded"),
+        (broken, "its model can't be loaded"),
+    ):
+        found = run("evaluate", artifact("nf4"), "--against", against, "--text", text, "--context", 16)
+        assert (found.exit_code, found.stdout) == (2, ""), repr(found.exception)
+        assert found.stderr.startswith(f"Error: {against}: {message}")
+        assert found.stderr.count("\n") == 1
 
 
 def test_evaluation_is_the_definition(artifact):

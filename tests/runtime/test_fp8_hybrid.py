@@ -250,6 +250,39 @@ def test_a_copy_must_be_given_a_recipe_of_its_own():
     assert twin[0].recipe.input.scale.item() == 224
 
 
+def test_a_wrapper_with_another_recipe_takes_over():
+    model, layer, _ = make("fp8-tensor")
+    wrapper = torch.nn.Sequential(model)
+    set_recipe(wrapper, Recipe("fp8-hybrid", amax_compute_algo="most_recent"), emulate=True)
+    found = []
+    for magnitude in (4.0, 2.0):
+        run(wrapper, magnitude)
+        step(model)
+        found.append(layer.recipe.input.scale.item())
+    assert found == [448 / 4, 448 / 2]
+    assert layer.recipe.input.history.count_nonzero() == 2
+    set_recipe(wrapper, Recipe(), emulate=True)
+    run(wrapper, 1.0)
+    step(model)
+
+
+def test_a_part_with_another_recipe_leaves_the_rest_alone():
+    (one, _), (two, _) = make_layer("fp8-tensor"), make_layer("fp8-tensor", (32, 48))
+    model = torch.nn.Sequential(torch.nn.Sequential(one), torch.nn.Sequential(two))
+    set_recipe(model, Recipe("fp8-hybrid"), emulate=True)
+    set_recipe(model[0], Recipe("fp8-hybrid", margin=1, amax_compute_algo="most_recent"), emulate=True)
+    for magnitude in (4.0, 2.0):
+        run(model, magnitude)
+        before = two.recipe.input.current.item()
+        step(model[0])
+    assert one.recipe.input.scale.item() == 224 / 2
+    assert one.recipe.input.history.count_nonzero() == two.recipe.input.history.count_nonzero() == 2
+    assert two.recipe.input.history[-1].item() == before
+    set_recipe(model[1], Recipe())
+    set_recipe(model[0], Recipe())
+    step(model[0])
+
+
 def test_models_are_held_weakly():
     import gc
     import weakref

@@ -64,6 +64,26 @@ def test_casts_leave_packed_tensors_alone(kind):
     assert list(layer.state_dict()) == names
 
 
+def test_a_failed_move_changes_nothing(kind):
+    layer, dense = make_layer(kind)
+    names, bias = list(layer.state_dict()), layer.bias
+    for moves in range(len(layer.parts) + 2):  # the parts, compute_dtype, and the bias last
+        left = [None] * moves
+
+        def move(tensor, left=left):
+            if not left:
+                raise MemoryError
+            left.pop()
+            return tensor.half() if tensor.is_floating_point() else tensor.clone()
+
+        with pytest.raises(MemoryError):
+            layer._apply(move)
+        assert not left
+        assert list(layer.state_dict()) == names
+        assert (layer.bias is bias, layer.compute_dtype) == (True, torch.float32)
+        assert torch.equal(layer.dequantize(), dense)
+
+
 def test_state_dict_round_trip(kind):
     layer, dense = make_layer(kind)
     stream = io.BytesIO()

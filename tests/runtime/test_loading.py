@@ -18,9 +18,11 @@ from surogate_formats.nf4 import NF4
 from surogate_formats.recipe import IncompatibleRecipeError, Recipe
 from surogate_load import load_model
 from surogate_load.errors import (
+    DeviceUnavailableError,
     MismatchedModelError,
     MissingExtraError,
     PackedExpertsError,
+    UnknownArchitectureError,
     UnsupportedDeviceError,
     UnsupportedModuleError,
 )
@@ -218,7 +220,7 @@ def test_a_tensor_without_a_place_is_an_error(artifact, tmp_path):
     path = rewrite(
         artifact("fp4"),
         tmp_path / "out",
-        lambda t: t.update({"model.extra": torch.zeros(2)}),
+        lambda t: t.update({"model.extra": torch.zeros(2, dtype=torch.bfloat16)}),
         lambda m: m.update({"model.extra": {**extra, "stored": {"model.extra": ""}}}),
     )
     with pytest.raises(MismatchedModelError, match=r"holds model\.extra, which the model has no place for"):
@@ -275,3 +277,20 @@ def test_nothing_is_logged_in_the_ordinary_case(artifact, caplog):
     with caplog.at_level(logging.WARNING, logger="surogate_load"):
         load_model(artifact("fp4"), recipe="nvfp4", emulate=True)
     assert not [record for record in caplog.records if record.name == "surogate_load"]
+
+
+@pytest.mark.parametrize("device", [f"cuda:{torch.cuda.device_count() + 3}", "nonsense"])
+def test_a_device_that_torch_can_not_reach(artifact, device):
+    with pytest.raises(DeviceUnavailableError, match=f"device {device}: ") as caught:
+        load_model(artifact("nf4"), device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_type_that_transformers_does_not_know(artifact, tmp_path):
+    for path in artifact("nf4").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "of_tomorrow"}))
+    with pytest.raises(UnknownArchitectureError, match="knows no model_type 'of_tomorrow'") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -212,6 +212,19 @@ def test_hadamard_cancels_in_the_product_and_changes_the_rounding():
     assert not torch.equal(with_it, without)
 
 
+def test_disable_rht_reaches_the_gradient_of_an_adapter():
+    x, dy = torch.randn(32, 32), torch.randn(32, 8)
+    plain = torch.nn.Linear(32, 8, bias=False)
+    found = []
+    for disabled in (False, True):
+        _, layer, _ = make("fp4", disable_rht=disabled, disable_stochastic_rounding=True)
+        adapter = layer.recipe.adapter_linear(plain)
+        found.append(torch.autograd.grad(adapter(x), plain.weight, dy)[0])
+        expected = adapter_gradient(TokenRounding(hadamard=not disabled, stochastic=False), x, dy)
+        assert torch.equal(found[-1], expected)
+    assert not torch.equal(*found)
+
+
 def test_adapter_linear_is_a_linear_but_for_its_weight_gradient():
     model, layer, _ = make("fp4")
     plain = torch.nn.Linear(32, 8)

@@ -206,3 +206,10 @@ def test_scales_are_renewed_by_the_optimizer_of_the_adapter(artifact):
     assert state.input.history.count_nonzero() == state.gradient.history.count_nonzero() == 2
     assert state.input.scale.item() > 0
     assert up_proj(other).base_layer.recipe.input.scale.item() == 0
+
+
+def test_a_wrapped_model_takes_another_recipe(artifact):
+    model = adapted(artifact("nf4", num_hidden_layers=1), "fp8-hybrid")
+    train(model, 1)
+    set_recipe(model, Recipe())
+    train(model, 1)

@@ -3,15 +3,18 @@
 import logging
 import os
 import shutil
+from importlib.metadata import PackageNotFoundError
 
 import peft
 import pytest
 import torch
 from runtime.artifacts import tiny_llama
 
-from surogate_formats.errors import CheckpointError, UsageError
+from surogate_formats.errors import UsageError
+from surogate_formats.recipe import IncompatibleRecipeError
 from surogate_formats.training_config import load_training_config
-from surogate_load import from_config
+from surogate_formats.version import VERSION
+from surogate_load import from_config, train_config
 from surogate_load.errors import QuantizerFailedError, SourceMissingError, UnsupportedDeviceError
 from surogate_load.linear import QuantizedLinear
 from surogate_load.train_config import cache_key
@@ -99,9 +102,37 @@ def test_errors(source, cache, tmp_path):
         from_config(write(tmp_path))
     with pytest.raises(UsageError, match="no format is on"):
         from_config(write(tmp_path, "recipe: bf16\nlora: true\n"), source)
-    with pytest.raises(CheckpointError):
-        from_config(write(tmp_path), tmp_path / "nowhere")
+    with pytest.raises(QuantizerFailedError, match="hf download Qwen/Nothing --local-dir") as caught:
+        from_config(write(tmp_path, "model: Qwen/Nothing\n" + YAML))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(IncompatibleRecipeError, match="quantized twice"):
+        from_config(write(tmp_path, recipe="nvfp4"), source)
     with pytest.raises(QuantizerFailedError, match="can't be quantized: ") as caught:
         from_config(write(tmp_path, YAML.replace("skip_quant_last_layers: 1", "skip_quant_last_layers: 2")), source)
     assert "\n" not in str(caught.value)
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+def test_a_killed_run_is_replaced_and_the_callers_recipe_counts(source, cache, tmp_path, caplog):
+    path = write(tmp_path, recipe="nvfp4")  # alone it is refused on nf4
+    out = cache / cache_key(source, load_training_config(path))
+    (out / ".surogate-staging").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        model = from_config(path, source, recipe="bf16")
+    assert type(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.recipe).__name__ == "Bf16"
+    assert (out / "surogate.json").is_file()
+    assert not (out / ".surogate-staging").exists()
+    assert caplog.text.count("not ours, passed over: learning_rate") == 1
+
+
+def test_key_follows_the_version_from_a_source_tree_too(source, tmp_path, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(train_config, "version", missing)
+    config = load_training_config(write(tmp_path))
+    first = cache_key(source, config)
+    monkeypatch.setattr(train_config, "version", lambda name: VERSION)
+    assert cache_key(source, config) == first
+    monkeypatch.setattr(train_config, "version", lambda name: "another")
+    assert cache_key(source, config) != first

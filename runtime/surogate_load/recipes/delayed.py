@@ -21,7 +21,7 @@ from surogate_load.ops.quantize_fp8 import LARGEST_SCALE, SMALLEST_SCALE
 from surogate_load.ops.rounding import FP8_MAX
 from surogate_load.placement import FixedDtypeModule
 
-_WATCHED: WeakKeyDictionary[nn.Module, Recipe] = WeakKeyDictionary()
+_WATCHED: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # in order: ranks must reduce alike
 _HOOKS: list[Any] = []
 
 
@@ -33,6 +33,7 @@ class DelayedScale(FixedDtypeModule):
         current: float32 [1], the largest amax since the last step.
         scale: float32 [1], the encoding scale; 0 until the first step has ended: each use then takes its own amax.
         reach: fmax * 2^-margin.
+        recipe: by whose switches a step ends.
     """
 
     history: Tensor
@@ -46,6 +47,7 @@ class DelayedScale(FixedDtypeModule):
         self.register_buffer("current", torch.zeros(1))
         self.register_buffer("scale", torch.zeros(1))
         self.reach = FP8_MAX[dtype] * 2.0**-recipe.margin
+        self.recipe = recipe
         self.watched = False
 
     def state(self) -> tuple[Tensor, Tensor]:
@@ -66,15 +68,20 @@ class DelayedScale(FixedDtypeModule):
         self.watched = False
 
 
-def watch(model: nn.Module, recipe: Recipe) -> None:
-    """Renews the model's scales after each step of an optimizer that owns parameters of it; a weak reference."""
-    _WATCHED.pop(model, None)
+def watch(model: nn.Module) -> None:
+    """Renews the model's scales after each step of an optimizer that owns parameters of it; a weak reference.
+
+    Roots inside this one are forgotten: whatever steps them steps this one. A root around it stays, for its other
+    layers.
+    """
+    for module in model.modules():
+        _WATCHED.pop(module, None)
     scales = delayed_scales(model)
     if not scales:
         return
     for scale in scales:
         scale.watched = True
-    _WATCHED[model] = recipe
+    _WATCHED[model] = None
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_post_hook(_after_step))
 
@@ -86,9 +93,17 @@ def delayed_scales(model: nn.Module) -> list[DelayedScale]:
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for model, recipe in list(_WATCHED.items()):
-        if any(id(parameter) in owned for parameter in model.parameters()):
-            end_step(delayed_scales(model), recipe)
+    ended: set[DelayedScale] = set()
+    for model in list(_WATCHED):
+        if not any(id(parameter) in owned for parameter in model.parameters()):
+            continue
+        by_recipe: dict[Recipe, list[DelayedScale]] = {}
+        for scale in delayed_scales(model):
+            if scale not in ended:  # roots can share layers
+                by_recipe.setdefault(scale.recipe, []).append(scale)
+        for recipe, scales in by_recipe.items():
+            end_step(scales, recipe)
+            ended.update(scales)
 
 
 @torch.no_grad()
