@@ -1,3 +1,4 @@
+import hashlib
 import os
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +10,15 @@ from make_smollm2 import make_smollm2
 from make_tiny import make_tiny
 
 DEMO = Path(__file__).resolve().parents[1] / ".demo"
+
+
+def _kernel_sources() -> str:
+    files = sorted((DEMO.parent / "quantizer" / "surogate_quantize" / "kernels").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+# numba looks at a kernel's own file alone: a change in a file that it calls into would be tested as it was before.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(DEMO / f"numba-{_kernel_sources()}"))
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Every worker would start a torch thread per core, and they would spend their time waiting for each other.

@@ -277,6 +277,25 @@ def test_the_advice_about_2d_scales_is_measured_and_given_where_it_holds(source,
     assert quantize(source, tmp_path / "nvfp4", make_options(None, {}, training=training)).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "warned"),
+    [("fp4", "BF16", False), ("fp4", "F16", True), ("fp8", "F32", True), ("fp8", "BF16", False), ("nf4", "F16", False)],
+)
+def test_a_dtype_that_plain_readers_take_worse_is_said(tmp_path, name, dtype, warned):
+    write_checkpoint(tmp_path / "source", dtype=dtype)
+    parameters = {"two_d": False} if name == "fp4" else {}
+    lines = make(tmp_path / "source", tmp_path / "out", name, parameters).warnings
+    assert any(f"the source is {dtype}: plain transformers" in line for line in lines) == warned
+    assert len(lines) == warned
+
+
+def test_code_that_the_config_names_and_that_stays_behind_is_said(tmp_path):
+    config = CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
+    write_checkpoint(tmp_path / "source", config=config)
+    (warning,) = make(tmp_path / "source", tmp_path / "out").warnings
+    assert "auto_map" in warning
+
+
 def test_progress_tells_the_plan_first_and_then_every_tensor_in_its_order(source, tmp_path):
     seen = []
 
