@@ -141,6 +141,8 @@ class _Loader:
         self._tensors = {tensor.info.name: tensor for tensor in plan.tensors}
         self._held: dict[str, _Loaded] = {}
         self._amax: dict[str, np.float32] = {}
+        large = [tensor.info.nbytes for tensor in plan.quantized if tensor.info.nbytes > READ_AHEAD]
+        self._large = np.empty(max(large, default=0), np.uint8)
 
     def load(self, tensor: PlannedTensor) -> _Loaded:
         """The weight's values, and the largest magnitude of its fused group."""
@@ -175,9 +177,11 @@ class _Loader:
 
     def _read(self, tensor: PlannedTensor) -> _Loaded:
         info = tensor.info
-        array = np.empty(info.shape, NUMPY[info.dtype])
-        self._source.read_into(info.name, array.reshape(-1).view(np.uint8).data)
-        source = Source.of(array, info.dtype)
+        # Large weights come one by one, into one buffer: a thread slow to let go of the last one's pieces
+        # would otherwise keep it in memory beside the next.
+        buffer = self._large[: info.nbytes] if info.nbytes > READ_AHEAD else np.empty(info.nbytes, np.uint8)
+        self._source.read_into(info.name, buffer.data)
+        source = Source.of(buffer.view(NUMPY[info.dtype]).reshape(info.shape), info.dtype)
         with _named(self._source, tensor):
             amax = self._amax[info.name] = self._engine.amax(source)
         return _Loaded(source, amax)
