@@ -9,7 +9,6 @@ end with fsync.
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from surogate_formats.nvfp4 import NVFP4
 from surogate_quantize import make_options, quantize
 from surogate_quantize.engine import CpuEngine, available_cpus
 from surogate_quantize.pieces import Source
+from surogate_quantize.summary import peak_rss
 
 SIDE = 4096
 MIB = 1 << 20
@@ -139,7 +139,7 @@ def _run(name: str, source: str, out: str, threads: int) -> None:
     started = time.perf_counter()
     quantize(source, out, make_options(name, {}), workers=threads)
     seconds = time.perf_counter() - started
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+    print(json.dumps([seconds, peak_rss()]))
 
 
 def _show(rows: list[Row]) -> None:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from surogate_formats.format import to_dict
@@ -160,6 +161,11 @@ def summarize_run(
 
 def peak_rss() -> int | None:
     """Bytes of the process's largest resident size so far; None where the system doesn't tell."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would count what the parent process held before it started this one.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:
