@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -124,6 +125,8 @@ def model_class(config: dict[str, Any]) -> Any:
 
 def _read_model(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> Any:
     transformers = need_transformers()
+    # First, and by itself: our hook on it imports the plug-in, which must not be half imported then.
+    importlib.import_module("transformers.quantizers.auto")
     from surogate_load.hf_quantizer import claim
 
     path = str(artifact.path)

@@ -294,3 +294,9 @@ def test_a_model_type_that_transformers_does_not_know(artifact, tmp_path):
     with pytest.raises(UnknownArchitectureError, match="knows no model_type 'of_tomorrow'") as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_load_model_is_the_first_thing_that_a_program_does(artifact):
+    code = f"import surogate_load; surogate_load.load_model({str(artifact('nf4'))!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
