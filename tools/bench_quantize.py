@@ -36,6 +36,9 @@ from surogate_quantize.pieces import Source
 from surogate_quantize.summary import peak_rss
 
 SIDE = 4096
+PAUSE = 0.05
+"""Seconds before each run: OpenMP's threads spin for a while after theirs, which would slow the other side."""
+
 MIB = 1 << 20
 
 
@@ -102,6 +105,7 @@ def _alternate(runs: list[Run], rounds: int) -> list[float]:
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds + 1):
         for run, seconds in zip(runs, times, strict=True):
+            time.sleep(PAUSE)
             started = time.perf_counter()
             run()
             if turn:

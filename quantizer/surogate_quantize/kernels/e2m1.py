@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from surogate_formats.nvfp4 import BLOCK
 from surogate_formats.tables import E2M1_MAX
 from surogate_quantize.kernels.compiling import inner
+from surogate_quantize.kernels.errors import in_units, magnitude_bits
 
 _ZERO, _SIGN, _SIGN_TO_CODE, _INDEX = np.float32(0), np.uint32(0x80000000), np.uint32(28), np.uint32(7)
 _LOW, _MIDDLE = np.float32(2), np.float32(4)
@@ -40,14 +41,22 @@ def error_terms(x: NDArray[np.float32], step: NDArray[np.float32], squared: bool
 
 @inner
 def round_line(
-    x: NDArray[np.float32], step: NDArray[np.float32], codes: NDArray[np.uint8], miss: NDArray[np.float32]
-) -> None:
-    """Codes, one a byte, and dequantized minus source (of the magnitudes)."""
+    x: NDArray[np.float32],
+    step: NDArray[np.float32],
+    unit: np.float32,
+    codes: NDArray[np.uint8],
+    units: NDArray[np.int32],
+) -> np.uint32:
+    """Writes codes, one a byte, and errors in units; returns the bits of the largest error."""
+    worst = np.uint32(0)
     for i in range(x.size):
         index, value = round_e2m1(x[i], step[i])
         sign = np.uint32(np.float32(x[i]).view(np.uint32) & _SIGN)
         codes[i] = np.uint8(index | np.uint32(sign >> _SIGN_TO_CODE))
-        miss[i] = value * step[i] - abs(x[i])
+        miss = value * step[i] - abs(x[i])
+        units[i] = in_units(miss, unit)
+        worst = np.uint32(max(worst, magnitude_bits(miss)))
+    return worst
 
 
 @inner

@@ -16,19 +16,28 @@ _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 @inner
-def squared_sum(x: NDArray[np.float32], unit: np.float32) -> np.int64:
-    """Sum of x^2 in squared units; `unit` is how many there are in 1."""
-    total = np.int64(0)
-    for i in range(x.size):
-        k = np.int32(np.rint(x[i] * unit))
-        total += np.int64(k) * np.int64(k)
-    return total
+def in_units(x: np.float32, unit: np.float32) -> np.int32:
+    """The nearest number of units; `unit` is how many there are in 1."""
+    return np.int32(np.rint(x * unit))
 
 
 @inner
-def largest_magnitude_bits(x: NDArray[np.float32]) -> np.uint32:
-    """The float32 bits of the largest |x|: magnitudes order as their bits do."""
-    largest = np.uint32(0)
+def magnitude_bits(x: np.float32) -> np.uint32:
+    """The float32 bits of |x|: magnitudes order as their bits do."""
+    return np.uint32(np.float32(x).view(np.uint32) & _MAGNITUDE)
+
+
+@inner
+def count_units(x: NDArray[np.float32], unit: np.float32, units: NDArray[np.int32]) -> None:
+    """Writes each value in units."""
     for i in range(x.size):
-        largest = np.uint32(max(largest, np.uint32(np.float32(x[i]).view(np.uint32) & _MAGNITUDE)))
-    return largest
+        units[i] = in_units(x[i], unit)
+
+
+@inner
+def sum_of_squares(units: NDArray[np.int32]) -> np.int64:
+    """Apart from the loops that count, which would do half the work at a time beside 64-bit sums."""
+    total = np.int64(0)
+    for i in range(units.size):
+        total += np.int64(units[i]) * np.int64(units[i])
+    return total

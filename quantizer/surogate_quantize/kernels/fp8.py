@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from surogate_formats.fp8 import TILE
 from surogate_quantize.kernels.compiling import inner, kernel
 from surogate_quantize.kernels.e4m3 import round_e4m3
-from surogate_quantize.kernels.errors import largest_magnitude_bits, squared_sum
+from surogate_quantize.kernels.errors import count_units, in_units, magnitude_bits, sum_of_squares
 from surogate_quantize.kernels.source import largest_bits, spread, widen
 
 CHUNK = 1024
@@ -35,14 +35,22 @@ def tile_amax_bits(raw: NDArray[Any], height: int, width: int, mask: Any, out: N
 
 @inner
 def _round_chunk(
-    x: NDArray[np.float32], scale: NDArray[np.float32], codes: NDArray[np.uint8], miss: NDArray[np.float32]
-) -> None:
-    """Codes, and dequantized minus source (of the magnitudes)."""
+    x: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    unit: np.float32,
+    codes: NDArray[np.uint8],
+    units: NDArray[np.int32],
+) -> np.uint32:
+    """Writes codes, and errors in units; returns the bits of the largest error."""
+    worst = np.uint32(0)
     for i in range(codes.size):
         bits = np.float32(x[i] / scale[i]).view(np.uint32)
         code, value = round_e4m3(np.uint32(bits & _MAGNITUDE))
         codes[i] = np.uint8(code | np.uint32(np.uint32(bits & _SIGN) >> _SIGN_TO_CODE))
-        miss[i] = value * scale[i] - abs(x[i])
+        miss = value * scale[i] - abs(x[i])
+        units[i] = in_units(miss, unit)
+        worst = np.uint32(max(worst, magnitude_bits(miss)))
+    return worst
 
 
 @kernel
@@ -63,7 +71,7 @@ def quantize_fp8(
         Squared error and squared sum in units, and the bits of the largest error (see `errors`).
     """
     rows, columns = raw.shape
-    x, scales, miss = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    x, scales, units = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int32)
     repeats = min(width, CHUNK)
     error, square, worst = np.int64(0), np.int64(0), np.uint32(0)
     for r in range(rows):
@@ -72,10 +80,10 @@ def quantize_fp8(
             widen(raw[r, start : start + count], kind, x)
             first = start // width
             spread(scale[r // height, first : first + CHUNK // repeats], repeats, scales)
-            _round_chunk(x, scales, codes[r, start : start + count], miss)
-            error += squared_sum(miss[:count], unit)
-            square += squared_sum(x[:count], unit)
-            worst = max(worst, largest_magnitude_bits(miss[:count]))
+            worst = max(worst, _round_chunk(x, scales, unit, codes[r, start : start + count], units))
+            error += sum_of_squares(units[:count])
+            count_units(x, unit, units)
+            square += sum_of_squares(units)
     return int(error), int(square), int(worst)
 
 

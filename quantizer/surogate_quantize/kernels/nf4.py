@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from surogate_formats.nf4 import ABSMAX_FLOOR, BLOCKS_PER_GROUP
 from surogate_formats.tables import NF4_CODEBOOK, NF4_MIDPOINTS
 from surogate_quantize.kernels.compiling import inner, kernel
-from surogate_quantize.kernels.errors import largest_magnitude_bits, squared_sum
+from surogate_quantize.kernels.errors import count_units, in_units, magnitude_bits, sum_of_squares
 from surogate_quantize.kernels.source import largest_of_each, magnitudes, spread, widen
 
 CHUNK = 1024
@@ -26,7 +26,13 @@ _ZERO, _HALF, _ONE, _TWO = np.float32(0), np.float32(0.5), np.float32(1), np.flo
 _A0, _A1, _A3 = np.float32(7.75), np.float32(11.36), np.float32(3.86)
 """A cubic, 0.1 to 0.9 above the code at each of the 16 values: cheaper than putting the code together from bits."""
 
-_STEPS, _LIMIT = np.float32(254), np.float32(127)
+_STEPS, _LIMIT, _NO_SIGN = np.float32(254), np.float32(127), np.int32(0)
+
+
+@inner
+def _less(a: np.float32, b: np.float32) -> Any:
+    """Whether a < b, by the sign of a - b: vector selects go by a sign, and subtracting is cheap beside them."""
+    return np.float32(a - b).view(np.int32) < _NO_SIGN
 
 
 @inner
@@ -34,29 +40,42 @@ def _round_chunk(
     x: NDArray[np.float32],
     inverse: NDArray[np.float32],
     absmax: NDArray[np.float32],
-    codes: NDArray[np.uint8],
-    miss: NDArray[np.float32],
-) -> None:
-    """Codes, one a byte, and dequantized minus source.
+    unit: np.float32,
+    values: NDArray[np.float32],
+    units: NDArray[np.int32],
+) -> np.uint32:
+    """Writes values of the table, and errors in units; returns the bits of the largest error.
 
     A binary search down to a pair of values and their midpoint, as the format defines it; written out, since single
     selects vectorize.
     """
+    worst = np.uint32(0)
     for i in range(x.size):
         v = x[i] * inverse[i]
-        b3 = v > _T7
+        b3 = _less(_T7, v)
         t = _T11 if b3 else _T3
-        b2 = v > t
+        b2 = _less(t, v)
         t, t_high = _T9 if b3 else _T1, _T13 if b3 else _T5
         t = t_high if b2 else t
-        b1 = v > t
+        b1 = _less(t, v)
         c0, c1, c2, c3 = _C8 if b3 else _C0, _C9 if b3 else _C1, _C10 if b3 else _C2, _C11 if b3 else _C3
         c4, c5, c6, c7 = _C12 if b3 else _C4, _C13 if b3 else _C5, _C14 if b3 else _C6, _C15 if b3 else _C7
         c0, c1, c2, c3 = c4 if b2 else c0, c5 if b2 else c1, c6 if b2 else c2, c7 if b2 else c3
         c0, c1 = c2 if b1 else c0, c3 if b1 else c1
-        b0 = v > (c0 + c1) * _HALF
+        b0 = _less((c0 + c1) * _HALF, v)
         value = c1 if b0 else c0
-        miss[i] = value * absmax[i] - x[i]
+        values[i] = value
+        miss = value * absmax[i] - x[i]
+        units[i] = in_units(miss, unit)
+        worst = np.uint32(max(worst, magnitude_bits(miss)))
+    return worst
+
+
+@inner
+def _codes(values: NDArray[np.float32], codes: NDArray[np.uint8]) -> None:
+    """The codes of values of the table, one a byte."""
+    for i in range(values.size):
+        value = values[i]
         codes[i] = np.uint8(np.int32(_A0 + value * (_A1 - _A3 * value * value)))
 
 
@@ -116,15 +135,18 @@ def quantize_nf4(
     span = BLOCKS_PER_GROUP * block
     per_chunk = CHUNK // block
     x, inverses, absmaxes = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    miss, nibbles = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8)
+    values, units, nibbles = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int32), np.empty(CHUNK, np.uint8)
     absmax, inverse = np.empty(BLOCKS_PER_GROUP, np.float32), np.empty(BLOCKS_PER_GROUP, np.float32)
     bits, absmax_bits = np.empty((2, span), raw.dtype), np.empty(BLOCKS_PER_GROUP, raw.dtype)
     error, square, worst = np.int64(0), np.int64(0), np.uint32(0)
     for group in range((raw.size + span - 1) // span):
         part = raw[group * span : (group + 1) * span]
         blocks = (part.size + block - 1) // block
-        magnitudes(part, mask, bits[0])
-        largest_of_each(bits[0], block, bits[1], absmax_bits)
+        if part.size == span:
+            largest_of_each(part, mask, block, bits[1], absmax_bits)
+        else:
+            magnitudes(part, mask, bits[0])
+            largest_of_each(bits[0], mask, block, bits[1], absmax_bits)
         widen(absmax_bits, kind, absmax)
         first = group * BLOCKS_PER_GROUP
         if double:
@@ -139,9 +161,10 @@ def quantize_nf4(
             widen(part[start : start + count], kind, x)
             spread(inverse[b : b + per_chunk], block, inverses)
             spread(absmax[b : b + per_chunk], block, absmaxes)
-            _round_chunk(x, inverses, absmaxes, nibbles, miss)
+            worst = max(worst, _round_chunk(x, inverses, absmaxes, unit, values, units))
+            error += sum_of_squares(units)
+            _codes(values, nibbles)
             _pack(nibbles, codes[(group * span + start) // 2 : (group * span + start + count + 1) // 2])
-            error += squared_sum(miss, unit)
-            square += squared_sum(x, unit)
-            worst = max(worst, largest_magnitude_bits(miss))
+            count_units(x, unit, units)
+            square += sum_of_squares(units)
     return int(error), int(square), int(worst)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from surogate_formats.nvfp4 import BLOCK
 from surogate_quantize.kernels.compiling import inner, kernel
 from surogate_quantize.kernels.e2m1 import pack, round_line
-from surogate_quantize.kernels.errors import largest_magnitude_bits, squared_sum
+from surogate_quantize.kernels.errors import count_units, sum_of_squares
 from surogate_quantize.kernels.nvfp4_scales import METRICS, block_amax, block_scales, choose, measure, spread_steps
 from surogate_quantize.kernels.source import widen
 
@@ -48,8 +48,9 @@ def quantize_nvfp4(
     rows, columns = raw.shape
     strip = _strip(columns)
     blocks = strip // BLOCK
-    x, steps, miss = np.empty(strip, np.float32), np.empty(strip, np.float32), np.empty(strip, np.float32)
-    amax, nibbles, peaks = np.empty(blocks, np.float32), np.empty(strip, np.uint8), np.empty((3, strip), raw.dtype)
+    x, steps, terms = np.empty(strip, np.float32), np.empty(strip, np.float32), np.empty(strip, np.float32)
+    units, nibbles, peaks = np.empty(strip, np.int32), np.empty(strip, np.uint8), np.empty((3, strip), raw.dtype)
+    amax = np.empty(blocks, np.float32)
     bits = (np.empty(blocks, np.uint8), np.empty(blocks, np.uint8))
     step = (np.empty(blocks, np.float32), np.empty(blocks, np.float32))
     misses = (np.empty(blocks, np.float32), np.empty(blocks, np.float32))
@@ -63,18 +64,18 @@ def quantize_nvfp4(
                 block_scales(amax, g, _STRETCH[way], bits[way], step[way])
                 spread_steps(step[way], steps)
                 if four_over_six:
-                    measure(band, first, last, kind, metric, steps, x, miss, misses[way])
+                    measure(band, first, last, kind, metric, steps, x, terms, misses[way])
             if four_over_six:
                 choose(misses[SIX], misses[FOUR], bits[FOUR], step[FOUR], bits[SIX], step[SIX])
                 spread_steps(step[SIX], steps)
             for r in range(band.shape[0]):
                 widen(band[r, first:last], kind, x)
-                round_line(x, steps, nibbles, miss)
+                worst = max(worst, round_line(x, steps, unit, nibbles, units))
+                error += sum_of_squares(units)
                 pack(nibbles, amax, codes[top + r, first // 2 : last // 2])
                 _store(bits[SIX], scale[top + r, first // BLOCK : last // BLOCK])
-                error += squared_sum(miss, unit)
-                square += squared_sum(x, unit)
-                worst = max(worst, largest_magnitude_bits(miss))
+                count_units(x, unit, units)
+                square += sum_of_squares(units)
     return int(error), int(square), int(worst)
 
 

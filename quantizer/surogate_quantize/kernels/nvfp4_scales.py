@@ -33,7 +33,7 @@ def block_amax(
     magnitudes(raw[0, first:last], mask, peaks)
     for r in range(1, raw.shape[0]):
         _raise_peaks(raw[r, first:last], mask, peaks)
-    largest_of_each(peaks, BLOCK, bits[1], block_bits)
+    largest_of_each(peaks, mask, BLOCK, bits[1], block_bits)
     widen(block_bits, kind, amax)
 
 

@@ -64,27 +64,27 @@ def magnitudes(raw: NDArray[Any], mask: Any, out: NDArray[Any]) -> None:
 
 
 @inner
-def _fold(values: NDArray[Any], out: NDArray[Any]) -> None:
-    """The larger one of each two values."""
+def _fold(raw: NDArray[Any], mask: Any, out: NDArray[Any]) -> None:
+    """The larger one of each two magnitudes."""
     for i in range(out.size):
-        left, right = values[2 * i], values[2 * i + 1]
+        left, right = raw.dtype.type(raw[2 * i] & mask), raw.dtype.type(raw[2 * i + 1] & mask)
         out[i] = left if left > right else right
 
 
 @inner
-def largest_of_each(values: NDArray[Any], width: int, scratch: NDArray[Any], out: NDArray[Any]) -> None:
-    """The largest one of each `width` (a power of two) values; `scratch` is as long as `values`.
+def largest_of_each(raw: NDArray[Any], mask: Any, width: int, scratch: NDArray[Any], out: NDArray[Any]) -> None:
+    """The largest magnitude bits of each `width` (a power of two) values; `scratch` is as long as `raw`.
 
     Folded in halves: each round is one long loop that vectorizes.
     """
     place = 0
     while width > 2:
-        half = scratch[place : place + values.size // 2]
-        _fold(values, half)
-        values = half
+        half = scratch[place : place + raw.size // 2]
+        _fold(raw, mask, half)
+        raw = half
         place += half.size
         width //= 2
-    _fold(values, out)
+    _fold(raw, mask, out)
 
 
 @inner
