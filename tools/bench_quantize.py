@@ -36,7 +36,7 @@ from surogate_quantize.pieces import Source
 from surogate_quantize.summary import peak_rss
 
 SIDE = 4096
-PAUSE = 0.05
+PAUSE = 0.2
 """Seconds before each run: OpenMP's threads spin for a while after theirs, which would slow the other side."""
 
 MIB = 1 << 20

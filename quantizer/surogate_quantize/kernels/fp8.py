@@ -71,7 +71,7 @@ def quantize_fp8(
         Squared error and squared sum in units, and the bits of the largest error (see `errors`).
     """
     rows, columns = raw.shape
-    x, scales, units = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int32)
+    x, scales, units = np.empty(CHUNK, np.float32), np.zeros(CHUNK, np.float32), np.empty(CHUNK, np.int32)
     repeats = min(width, CHUNK)
     error, square, worst = np.int64(0), np.int64(0), np.uint32(0)
     for r in range(rows):
@@ -79,7 +79,9 @@ def quantize_fp8(
             count = min(CHUNK, columns - start)
             widen(raw[r, start : start + count], kind, x)
             first = start // width
-            spread(scale[r // height, first : first + CHUNK // repeats], repeats, scales)
+            # Most neighbours share their scale, which then stands there already.
+            if repeats < CHUNK or scales[0] != scale[r // height, first]:
+                spread(scale[r // height, first : first + CHUNK // repeats], repeats, scales)
             worst = max(worst, _round_chunk(x, scales, unit, codes[r, start : start + count], units))
             error += sum_of_squares(units[:count])
             count_units(x, unit, units)
