@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from types import TracebackType
 
@@ -10,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.checkpoint.directory import Directory
+from surogate_formats.dtype_rules import STORED_AS
 from surogate_formats.errors import ArtifactError, UsageError
 from surogate_formats.format import Format, Parts, Shape, TensorSpec
 from surogate_formats.layouts import Layout, layout_of_config, stored_tensors, unpack
@@ -17,13 +20,16 @@ from surogate_formats.manifest import MANIFEST_NAME, Manifest
 from surogate_formats.recipe import Recipe
 from surogate_formats.registry import from_dict
 
+PIECE = 1 << 20
+"""Bytes of a file that are in memory at a time while it is hashed."""
+
 
 class IncompleteArtifactError(ArtifactError):
     """The directory has no manifest: its quantization never finished, or it isn't ours."""
 
 
 class CorruptArtifactError(ArtifactError):
-    """A stored tensor's bytes are not those that the manifest records."""
+    """The bytes of a tensor or of a file beside the weights are not those that the manifest records."""
 
 
 class Artifact:
@@ -109,11 +115,18 @@ class Artifact:
         return self.format.dequantize(self.parts(module), self._shape(module))
 
     def verify(self) -> int:
-        """Reads every stored tensor and compares its sha256 with the manifest's; returns how many were read.
+        """Compares every stored tensor, config.json, the index and each file beside them with the manifest's sha256.
+
+        Returns:
+            The number of tensors.
 
         Raises:
-            CorruptArtifactError: the first tensor that differs, by name.
+            CorruptArtifactError: the first tensor or file that differs or is missing, by name.
         """
+        with Directory(self.path) as directory:
+            for name, expected in self.manifest.sidecars.items():
+                if _file_sha256(directory, name) != expected:
+                    raise CorruptArtifactError(f"{self.path}: {name} has changed since it was written; quantize again")
         count = 0
         for record in self.manifest.tensors.values():
             for name, expected in record.stored.items():
@@ -154,8 +167,21 @@ class Artifact:
     def _check_kept(self) -> None:
         for name, record in self.manifest.tensors.items():
             info = self.checkpoint.tensors[name].info if record.decision == "keep" else None
-            if info is not None and (info.dtype, info.shape) != (record.dtype, record.shape):
+            dtype = STORED_AS.get(record.dtype, record.dtype)
+            if info is not None and (info.dtype, info.shape) != (dtype, record.shape):
                 raise ArtifactError(
-                    f"{self.path}: {name} is {info.dtype} {list(info.shape)}, {MANIFEST_NAME} says {record.dtype} "
+                    f"{self.path}: {name} is {info.dtype} {list(info.shape)}, {MANIFEST_NAME} says {dtype} "
                     f"{list(record.shape)}; quantize again"
                 )
+
+
+def _file_sha256(directory: Directory, name: str) -> str:
+    try:
+        descriptor = directory.open(name)
+    except FileNotFoundError:
+        raise CorruptArtifactError(f"{directory.show(name)}: missing; quantize again") from None
+    digest = hashlib.sha256()
+    with os.fdopen(descriptor, "rb") as file:
+        while data := file.read(PIECE):
+            digest.update(data)
+    return digest.hexdigest()

@@ -56,6 +56,3 @@ NUMPY: dict[str, np.dtype] = {
 
 NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in NUMPY.items()}
 """The safetensors name of a numpy dtype: the inverse of `NUMPY`."""
-
-QUANTIZABLE = frozenset({"F32", "F16", "BF16"})
-"""Source dtypes that widen to fp32 exactly and so can be quantized."""

@@ -75,7 +75,7 @@ def from_parameters(cls: type[F], parameters: dict[str, Any]) -> F:
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     for key in parameters:
         if key not in known:
-            raise UsageError(f"{cls.name} has no parameter {key!r}; it has {', '.join(known)}")
+            raise UsageError(f"{cls.name} has no parameter `{key}`; it has {', '.join(f'`{name}`' for name in known)}")
     return cls(**parameters)
 
 
@@ -83,7 +83,7 @@ def check_choice(name: str, parameter: str, value: object, choices: tuple[object
     """Raises `UsageError` unless the parameter's value is one of the format's choices."""
     if value not in choices:
         allowed = ", ".join(map(str, choices))
-        raise UsageError(f"{name}: {parameter} is {value!r}; choose one of {allowed}")
+        raise UsageError(f"{name}: `{parameter}` is {value!r}; choose one of {allowed}")
 
 
 def largest_magnitude(weight: NDArray[np.float32]) -> np.float32:

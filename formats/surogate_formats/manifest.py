@@ -41,7 +41,18 @@ class TensorRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that determines the artifact's bytes, and the proof of them: no clock, host, path or token."""
+    """Everything that determines the artifact's bytes, and the proof of them: no clock, host, path or token.
+
+    Attributes:
+        schema_version: of this file.
+        tool_version: of the quantizer.
+        source, revision: the source's name, and its commit where it is known.
+        files: what identifies the source's shards.
+        format, layout, options, recipe, lora: what the artifact was asked to be.
+        sidecars: every other file of the artifact (config.json, the index, the tokenizer), by its path in it, to the
+            SHA-256 of its bytes.
+        tensors: what happened to each tensor of the source.
+    """
 
     schema_version: int = SCHEMA_VERSION
     tool_version: str
@@ -53,6 +64,7 @@ class Manifest:
     options: Mapping[str, Any]
     recipe: Mapping[str, Any]
     lora: Mapping[str, Any]
+    sidecars: Mapping[str, str]
     tensors: Mapping[str, TensorRecord]
 
     def to_json(self) -> str:
@@ -75,9 +87,16 @@ class Manifest:
                 )
             files = tuple(SourceFile(**entry) for entry in data.pop("files"))
             tensors = {name: _record(entry) for name, entry in data.pop("tensors").items()}
+            _check_sidecars(data["sidecars"])
             return cls(files=files, tensors=tensors, **data)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"{where}: not a manifest of surogate-quant ({error}); quantize again") from error
+
+
+def _check_sidecars(sidecars: dict[str, Any]) -> None:
+    for name, digest in sidecars.items():
+        if not isinstance(digest, str) or any(part in ("", ".", "..") for part in name.split("/")):
+            raise ValueError(f"sidecar {name!r}")
 
 
 def _record(entry: dict[str, Any]) -> TensorRecord:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from surogate_formats.format import Parts, Shape, TensorSpec, check_choice, largest_magnitude
 from surogate_formats.rounding import from_e2m1_codes, pack_nibbles, to_e2m1_codes, to_e4m3, unpack_nibbles
-from surogate_formats.tables import E2M1_MAX, E4M3_MAX, E4M3_MIN
+from surogate_formats.tables import E2M1_MAX, E4M3_MAX, E4M3_MIN, LARGEST_BLOCK_SCALE
 
 F32 = NDArray[np.float32]
 
@@ -68,7 +68,7 @@ class NVFP4:
         """The global scale g: the reach of the codes (448 or 256, times 6) over the largest magnitude, capped."""
         if amax == 0:
             return np.float32(1)
-        reach = np.float32(256 * 6 if self.four_over_six else 448 * 6)
+        reach = LARGEST_BLOCK_SCALE[self.four_over_six] * E2M1_MAX
         with np.errstate(over="ignore"):
             g = min(np.float32(reach / amax), LARGEST_GLOBAL_SCALE)
         if self.global_scale == "amax":

@@ -42,6 +42,10 @@ E2M1_VALUES: NDArray[np.float32] = np.array(
 
 E2M1_MAX = np.float32(6.0)
 E4M3_MAX = np.float32(448.0)
+LARGEST_BLOCK_SCALE: dict[bool, np.float32] = {False: E4M3_MAX, True: np.float32(256.0)}
+"""The largest E4M3 scale of an NVFP4 block that the global scale aims at, without and with Four-Over-Six: the latter's
+second candidate is 1.5 times the first, and 256 * 1.5 is within E4M3."""
+
 E4M3_MIN = np.float32(2.0**-9)
 """The smallest positive (subnormal) E4M3 value."""
 

@@ -1,3 +1,3 @@
-"""The tool's version: part of what determines an artifact's bytes."""
+"""The one place of the version, of which pyproject.toml makes the distribution's; it is recorded in artifacts."""
 
 VERSION = "0.1.0"

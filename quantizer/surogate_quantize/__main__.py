@@ -1,5 +1,5 @@
 """`python -m surogate_quantize`."""
 
-from surogate_quantize.cli import main
+from surogate_quantize.entry import main
 
-main(prog_name="surogate-quantize")
+main()

@@ -28,9 +28,12 @@ def _one_dimensional(fmt: NVFP4, recipe: Recipe) -> Format | None:
 
 
 ALTERNATIVES: dict[str, tuple[Callable[..., Format | None], str]] = {
-    "fp4": (_one_dimensional, "with --1d the relative error is {other:.4f} instead of {own:.4f} (on {n} weights); "
-    "recipe {recipe} does not need 2-D scales"),
-}  # fmt: skip
+    "fp4": (
+        _one_dimensional,
+        "with `two_d=False` the relative error is {other:.4f} instead of {own:.4f} (on {n} weights); recipe {recipe} "
+        "does not need 2-D scales",
+    ),
+}
 """By format name: a format that the recipe may be better off with, and how to say so."""
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from surogate_quantize.flags import as_flags
+from surogate_quantize.interruption import leaving, one_line_at_the_end
 from surogate_quantize.version import VERSION
 
 if TYPE_CHECKING:
+    from surogate_formats.training_config import TrainingConfig
     from surogate_quantize.console import Out
     from surogate_quantize.options import Options
 
@@ -34,14 +38,18 @@ FORMAT_PARAMETERS = {
 }
 """Options that are parameters of a format, with the parameter's name; the format refuses those that it doesn't have."""
 
+LAYOUTS = ("surogate", "compressed-tensors", "hf-fp8")
+"""Names of the layouts, written out so that `--help` need not import them."""
+
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("model", required=False)
 @click.option("--format", "format_name", type=click.Choice(["nf4", "fp4", "fp8"]), help="What the weights become.")
 @click.option("--out", type=click.Path(), help="Directory of the artifact; must not exist, or be empty.")
-@click.option("--config", type=click.Path(), help="Training file (YAML) with qlora_* keys; options given here win.")
-@click.option("--layout", help="How tensors are named on disk.  [default: surogate for nf4, compressed-tensors for "
-              "fp4 and fp8, hf-fp8 for fp8 with --scaling block]")  # fmt: skip
+@click.option("--config", type=click.Path(), help="Training file (YAML) with qlora_* keys; options given here win, "
+              "--format too.")  # fmt: skip
+@click.option("--layout", type=click.Choice(LAYOUTS), help="How tensors are named on disk.  [default: surogate for "
+              "nf4, compressed-tensors for fp4 and fp8, hf-fp8 for fp8 with --scaling block]")  # fmt: skip
 @click.option("--block-size", type=int, help="nf4: values that share an absmax, 64 or 128.  [default: 64]")
 @click.option("--double-quant/--no-double-quant", default=None, help="nf4: 8-bit absmax.  [default: on]")
 @click.option("--scaling", type=click.Choice(["tensor", "channel", "block"]), help="fp8: what shares a scale; a block "
@@ -61,10 +69,13 @@ FORMAT_PARAMETERS = {
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @click.option("--strict", is_flag=True, help="Refuse every key of --config that is not ours.")
 @click.option("--overwrite", is_flag=True, help="Replace the artifact in --out once the new one is complete.")
-@click.option("--dry-run", is_flag=True, help="Print what would happen to every tensor and the sizes; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would happen to every tensor and the sizes; write nothing. "
+              "An --out is checked as the run would.")  # fmt: skip
 @click.option("--json", "json_mode", is_flag=True, help="Print the result as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the artifact's path alone.")
-@click.option("-v", "--verbose", is_flag=True, help="With --dry-run: a line for every tensor.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the artifact's path alone; with --dry-run warnings and errors "
+              "alone.")  # fmt: skip
+@click.option("-v", "--verbose", is_flag=True, help="A line for every tensor; without --dry-run on stderr, before the "
+              "run.")  # fmt: skip
 @click.version_option(VERSION, prog_name="surogate-quantize")
 def main(**arguments: Any) -> None:
     """Quantize the linear weights of MODEL, a directory with a Hugging Face checkpoint, once and offline.
@@ -72,61 +83,58 @@ def main(**arguments: Any) -> None:
     The artifact in --out holds packed safetensors, config.json, the tokenizer and a manifest (surogate.json).
     surogate_load trains LoRA on it.
     """
-    from surogate_formats.errors import SurogateError, UsageError
-
     if arguments["json_mode"] and arguments["quiet"]:
         raise click.UsageError("--json and --quiet are two forms of output; choose one")
     if arguments["format_name"] is None and arguments["config"] is None:
         raise click.UsageError("say what to make: --format nf4, fp4 or fp8, or --config FILE")
-    from surogate_quantize.console import Out
+    with one_line_at_the_end():
+        _answer(arguments)
 
-    out = Out(arguments["json_mode"], arguments["quiet"], arguments["verbose"])
-    try:
-        _run(out, arguments)
-    except SurogateError as error:
-        out.close()
-        if os.environ.get("SUROGATE_DEBUG"):
-            raise
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        out.close()
-        click.echo("Interrupted; nothing was left behind.", err=True)
-        sys.exit(130)
+
+def _answer(arguments: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+        from surogate_formats.errors import SurogateError, UsageError
+        from surogate_quantize.console import Out
+
+        try:
+            with Out(arguments["json_mode"], arguments["quiet"], arguments["verbose"], _flags) as out:
+                _run(out, arguments)
+        except SurogateError as error:
+            if os.environ.get("SUROGATE_DEBUG"):
+                raise
+            click.echo(f"Error: {_flags(str(error))}", err=True)
+            sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _flags(text: str) -> str:
+    return as_flags(
+        text, main, {**{parameter: option for option, parameter in FORMAT_PARAMETERS.items()}, "training": "config"}
+    )
 
 
 def _run(out: Out, arguments: dict[str, Any]) -> None:
     from surogate_quantize.run import dry_run, quantize
 
     model, options = _options(out, arguments)
+    target, overwrite = arguments["out"], arguments["overwrite"]
     if model is None:
         raise click.UsageError("Missing argument 'MODEL' (or a --config that names a model).")
     if arguments["dry_run"]:
-        out.plan(*dry_run(model, options))
+        out.plan(*dry_run(model, options, target, overwrite=overwrite))
         return
-    if arguments["out"] is None:
+    if target is None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
-    summary = quantize(
-        model,
-        arguments["out"],
-        options,
-        workers=arguments["workers"],
-        overwrite=arguments["overwrite"],
-        watch=out.watch,
-    )
-    out.close()
-    out.summary(summary)
+    summary = quantize(model, target, options, workers=arguments["workers"], overwrite=overwrite, watch=out.watch)
+    with leaving(f"{target} is complete"):
+        out.close()
+        out.summary(summary)
 
 
 def _options(out: Out, arguments: dict[str, Any]) -> tuple[str | None, Options]:
-    from surogate_formats.training_config import load_training_config
     from surogate_quantize.options import make_options
 
-    training = None
-    if arguments["config"] is not None:
-        training = load_training_config(arguments["config"], strict=arguments["strict"])
-        if training.ignored:
-            out.note(f"{arguments['config']}: not ours, passed over: {', '.join(training.ignored)}")
+    training = _training(out, arguments) if arguments["config"] is not None else None
     parameters = {
         parameter: arguments[option] for option, parameter in FORMAT_PARAMETERS.items() if arguments[option] is not None
     }
@@ -143,3 +151,19 @@ def _options(out: Out, arguments: dict[str, Any]) -> tuple[str | None, Options]:
         max_shard_size=arguments["max_shard_size"],
     )
     return arguments["model"] or (training.model if training else None), options
+
+
+def _training(out: Out, arguments: dict[str, Any]) -> TrainingConfig:
+    from surogate_formats.training_config import UnknownKeyError, load_training_config
+
+    path, name = arguments["config"], arguments["format_name"]
+    training = load_training_config(path)
+    if training.ignored and arguments["strict"]:
+        raise UnknownKeyError(
+            f"{path}: not keys of ours: {', '.join(training.ignored)}; leave out --strict to pass over them"
+        )
+    if training.ignored:
+        out.note(f"{path}: not ours, passed over: {', '.join(training.ignored)}")
+    if name and training.format_name not in (name, None):
+        out.note(f"{path}: asks for {training.format_name}; --format {name} wins")
+    return training

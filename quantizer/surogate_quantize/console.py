@@ -6,7 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from surogate_quantize import report
@@ -14,10 +15,10 @@ from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.summary import RunSummary, plan_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
-PIPE_WIDTH = 160
-"""Columns of a table that goes to a file or another program."""
+UNFOLDED = 1 << 20
+"""Columns of a table that goes to a file or another program: no name is so long that it would be folded."""
 
 LINE_EVERY = 10.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -27,13 +28,27 @@ LINE_EVERY = 10.0
 class Out:
     """Prints for people, for programs (`json_mode`) or hardly at all (`quiet`: just the artifact's path).
 
-    Commands hand their results to it and never print themselves.
+    Commands hand their results to it and never print themselves. A context manager, which takes a bar off the terminal.
+
+    Attributes:
+        words: puts what the Python API says into the words of the command.
     """
 
     json_mode: bool = False
     quiet: bool = False
     verbose: bool = False
+    words: Callable[[str], str] = str
     _bars: Any = field(default=None, repr=False)
+
+    def __enter__(self) -> Out:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Takes a bar off the terminal."""
+        self.close()
 
     @property
     def stderr(self) -> Console:
@@ -42,12 +57,18 @@ class Out:
 
         return Console(stderr=True, highlight=False, soft_wrap=True)
 
-    @property
-    def stdout(self) -> Console:
-        """The terminal on stdout, through rich, which respects NO_COLOR."""
+    def table(self, content: RenderableType, *, on_stderr: bool = False) -> None:
+        """A table; where no terminal shows it, neither folded nor padded, for `grep` and `diff`."""
         from rich.console import Console
 
-        return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+        stream = sys.stderr if on_stderr else sys.stdout
+        if stream.isatty():
+            Console(stderr=on_stderr, highlight=False).print(content)
+            return
+        console = Console(stderr=on_stderr, highlight=False, width=UNFOLDED)
+        with console.capture() as capture:
+            console.print(content)
+        stream.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
     def note(self, text: str) -> None:
         """Something worth knowing."""
@@ -56,7 +77,7 @@ class Out:
 
     def warning(self, text: str) -> None:
         """Something that may surprise; printed in every mode."""
-        self.stderr.print(f"Warning: {text}", markup=False, style="yellow")
+        self.stderr.print(f"Warning: {self.words(text)}", markup=False, style="yellow")
 
     def plan(self, made: Plan, warnings: Iterable[str]) -> None:
         """The result of a dry run."""
@@ -65,21 +86,24 @@ class Out:
         if self.json_mode:
             print(json.dumps(plan_json(made), indent=2))
         elif not self.quiet:
-            self.stdout.print(report.plan_tables(made, every_tensor=self.verbose))
+            self.table(report.plan_tables(made, every_tensor=self.verbose))
 
     def summary(self, summary: RunSummary) -> None:
         """The result of a run."""
         for line in summary.warnings:
             self.warning(line)
         if self.json_mode:
-            print(json.dumps(summary.to_json(), indent=2))
+            worded = replace(summary, warnings=tuple(map(self.words, summary.warnings)))
+            print(json.dumps(worded.to_json(), indent=2))
         elif self.quiet:
             print(summary.out)
         else:
-            self.stdout.print(report.run_table(summary))
+            self.table(report.run_table(summary))
 
     def watch(self, made: Plan) -> Callable[[PlannedTensor], None]:
-        """Shows a run's progress: a bar on a terminal, else a line every ten seconds."""
+        """Shows a run's progress, if verbose after the plan: a bar on a terminal, else a line every ten seconds."""
+        if self.verbose and not self.quiet:
+            self.table(report.plan_tables(made, every_tensor=True), on_stderr=True)
         total = sum(tensor.info.nbytes for tensor in made.tensors)
         if self.quiet or self.json_mode:
             return lambda tensor: None

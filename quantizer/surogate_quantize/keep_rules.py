@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from surogate_formats.dtype_rules import QUANTIZABLE, STORED_AS
 from surogate_quantize import layer_rules as rules
 from surogate_quantize.blocks import Place, find_place, stack_depths, subtree
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
-QUANTIZABLE_DTYPES: Final = frozenset({"F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _by_dtype(name: str, facts: Facts) -> str | None:
     dtype = facts.tensors[name][0]
-    return None if dtype in QUANTIZABLE_DTYPES else f"dtype {dtype}"
+    if dtype in QUANTIZABLE:
+        return None
+    return f"dtype {dtype}, stored as {STORED_AS[dtype]}" if dtype in STORED_AS else f"dtype {dtype}"
 
 
 def _by_place(name: str, facts: Facts) -> str | None:

@@ -25,11 +25,7 @@ class BadSizeError(UsageError):
 
 
 class NoFormatError(UsageError):
-    """Neither `--format` nor the training file names a format."""
-
-
-class ContradictingFormatError(UsageError):
-    """`--format` and the training file name different formats."""
+    """Neither the argument nor the training file names a format."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +81,12 @@ def make_options(
         max_shard_size: bytes, or a text such as `5GB`.
 
     Raises:
-        UsageError: no format, two formats, or a parameter, layout or recipe that doesn't go with the format.
+        UsageError: no format, or a parameter, layout or recipe that doesn't go with the format.
     """
     training = training or TrainingConfig()
-    if format_name and training.format_name and format_name != training.format_name:
-        raise ContradictingFormatError(
-            f"--format {format_name}, but the training file asks for {training.format_name}; leave one of them out"
-        )
     name = format_name or training.format_name
     if name is None:
-        raise NoFormatError("no format: give --format nf4, fp4 or fp8, or a --config that turns one on")
+        raise NoFormatError("no format: give `format_name` nf4, fp4 or fp8, or a `training` file that turns one on")
     fmt, chosen = settle(name, {**training.by_format.get(name, {}), **parameters}, layout)
     check_compatible(name, training.recipe)
     first = training.skip_first_layers if skip_first_layers is None else skip_first_layers

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None  # type: ignore[assignment]
-
-from surogate_formats.errors import SurogateError, UsageError
 from surogate_formats.manifest import MANIFEST_NAME
+from surogate_quantize.interruption import name_leftover, undisturbed
+from surogate_quantize.output_errors import (
+    DiskFullError,
+    LeftoverError,
+    OutputExistsError,
+    OutputInSourceError,
+    OutputNotWritableError,
+    disk_errors,
+    locked,
+)
 from surogate_quantize.sidecars import TEMPLATES, is_carried
 from surogate_quantize.syncing import sync_directory
 
@@ -26,51 +28,49 @@ _LAST = ("config.json", MANIFEST_NAME)
 """Renamed last, in this order: without them no loader takes the directory for a model."""
 
 
-class OutputExistsError(UsageError):
-    """`--out` is a file, or holds something that we would mix with or destroy."""
-
-
-class OutputInSourceError(UsageError):
-    """`--out` is the source, inside it, or around it."""
-
-
-class OutputBusyError(SurogateError):
-    """Another run is writing into `--out`."""
-
-
-class DiskFullError(SurogateError):
-    """The disk has no room for the artifact."""
-
-
-class OutputNotWritableError(SurogateError):
-    """The output directory can't be made or written to."""
-
-
 def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     """Refuses an output directory that would harm something; touches nothing.
 
     Raises:
         OutputInSourceError: see the class.
         OutputExistsError: see the class; with `overwrite` only a directory that is no artifact of ours.
+        LeftoverError: see the class; not with `overwrite`.
+        OutputBusyError: another run is writing there.
         OutputNotWritableError: the directory can't be looked into.
     """
-    with _disk_errors(out):
+    with disk_errors(out):
         here, there = out.resolve(), source.resolve()
         if here == there or there in here.parents or here in there.parents:
-            raise OutputInSourceError(f"--out {out}: overlaps with the source {source}; choose a directory beside it")
+            raise OutputInSourceError(f"`out` {out}: overlaps with the source {source}; choose a directory beside it")
         if not out.exists() and not out.is_symlink():
             return
         if not out.is_dir():
-            raise OutputExistsError(f"--out {out}: is not a directory; choose another")
+            raise OutputExistsError(f"`out` {out}: is not a directory; choose another")
         names = {entry.name for entry in out.iterdir()}
+    if names == {STAGING}:
+        _check_leftover(out, overwrite=overwrite)
     if names and not overwrite:
-        raise OutputExistsError(f"--out {out}: is not empty; choose another, or --overwrite to replace an artifact")
+        raise OutputExistsError(
+            f"`out` {out}: is not empty; choose another, or `overwrite=True` to replace an artifact"
+        )
     if names and not names & {MANIFEST_NAME, STAGING}:
-        raise OutputExistsError(f"--out {out}: holds no {MANIFEST_NAME}, so --overwrite won't touch it; choose another")
+        raise OutputExistsError(
+            f"`out` {out}: holds no {MANIFEST_NAME}, so `overwrite=True` won't touch it; choose another"
+        )
     strangers = sorted(name for name in names if not _is_ours(name))
     if strangers:
         raise OutputExistsError(
-            f"--out {out}: holds {', '.join(strangers[:3])}, which is no part of an artifact; move it away first"
+            f"`out` {out}: holds {', '.join(strangers[:3])}, which is no part of an artifact; move it away first"
+        )
+
+
+def _check_leftover(out: Path, *, overwrite: bool) -> None:
+    with disk_errors(out), locked(out):  # held for a moment, to see whether a run is writing there now
+        pass
+    if not overwrite:
+        raise LeftoverError(
+            f"`out` {out}: holds only {STAGING}, which a run that was killed left; `overwrite=True` replaces it, "
+            "or remove the directory"
         )
 
 
@@ -78,25 +78,6 @@ def _is_ours(name: str) -> bool:
     """Whether a file of this name is one that a run writes."""
     shard = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
     return shard or name in {*_LAST, STAGING, TEMPLATES} or is_carried(name)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Holds the directory against a second run; the lock goes with the process, so a crash locks nobody out."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputBusyError(
-                f"--out {out}: another run is writing there; wait for it, or choose another"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -113,10 +94,19 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
         OutputNotWritableError: the directory can't be made or written to.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    with _disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with _disk_errors(out), _locked(out), _staged(out, needed, made) as staging:
+    with disk_errors(out):
+        _make(out, made)
+    with disk_errors(out), locked(out), _staged(out, needed, made) as staging:
         yield staging
+
+
+def _make(out: Path, missing: list[Path]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError) as error:
+        raise OutputNotWritableError(
+            f"`out` {out}: {missing[-1]} can't be made ({error.strerror}); choose another directory"
+        ) from error
 
 
 @contextmanager
@@ -131,34 +121,25 @@ def _staged(out: Path, needed: int, made: list[Path]) -> Iterator[Path]:
         yield staging
         publishing = True
         _publish(staging, out)
-    except BaseException:
-        with suppress(OSError):
-            if fresh:
-                _remove(out.iterdir())
-            elif not publishing:
-                # Else the folder stays: by its mark a rerun with --overwrite replaces the rest of the old artifact.
-                _remove([staging])
-        for folder in made:
+    except BaseException as error:
+        with undisturbed():
+            # Over an old artifact that is half replaced the folder stays: by its mark a rerun that overwrites replaces
+            # the rest.
             with suppress(OSError):
-                folder.rmdir()
+                _remove(out.iterdir() if fresh else [] if publishing else [staging])
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+        if staging.exists():
+            name_leftover(error, f"{staging} is left, and a rerun that overwrites replaces it")
         raise
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"--out {out}: the disk is full; free some space or choose another disk") from error
-        raise OutputNotWritableError(f"--out {out}: {error.strerror}; choose another directory") from error
 
 
 def _check_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if free < needed:
         raise DiskFullError(
-            f"--out {out}: {needed / 1e9:.2f} GB will be written, {free / 1e9:.2f} GB are free; choose another disk"
+            f"`out` {out}: {needed / 1e9:.2f} GB will be written, {free / 1e9:.2f} GB are free; choose another disk"
         )
 
 

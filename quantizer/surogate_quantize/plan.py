@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from surogate_formats.checkpoint import Checkpoint, TensorInfo
+from surogate_formats.dtype_rules import STORED_AS
 from surogate_formats.errors import SurogateError
 from surogate_formats.format import TensorSpec
 from surogate_formats.layouts import StoredTensor, stored_tensors
@@ -121,7 +122,9 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     decisions = _decide(source, options)
     if not any(decision.quantize for decision in decisions.values()):
         reasons = "; ".join(f"{count} {reason}" for reason, count in count_reasons(decisions.values()).items())
-        raise NothingToQuantizeError(f"{source.directory}: nothing to quantize; all tensors are kept: {reasons}")
+        raise NothingToQuantizeError(
+            f"{source.directory}: nothing to quantize; all tensors are kept: {reasons}{_way_out(source, options)}"
+        )
     quantized = [name for name, decision in decisions.items() if decision.quantize]
     groups = amax_groups(quantized) if options.format.shares_amax else {}
     tensors = _place(source, options, decisions, groups)
@@ -139,6 +142,14 @@ def _decide(source: Checkpoint, options: Options) -> dict[str, Decision]:
             if reason:
                 decisions[name] = Decision(quantize=False, reason=reason)
     return keep_groups_whole(decisions)
+
+
+def _way_out(source: Checkpoint, options: Options) -> str:
+    """What takes the shapes that the layout's readers can't, where they kept a weight."""
+    way = options.layout.way_out.get(options.format.name)
+    shapes = [entry.info.shape for entry in source.tensors.values() if len(entry.info.shape) == 2]
+    kept = any(options.layout.keep_reason(options.format, shape) for shape in shapes)
+    return f"; {way}" if way and kept else ""
 
 
 def count_reasons(decisions: Iterable[Decision]) -> dict[str, int]:
@@ -159,7 +170,7 @@ def _place(
             module = name.removesuffix(".weight")
             stored = stored_tensors(options.layout, options.format, module, info.shape)
         else:
-            stored = {"kept": StoredTensor(name, TensorSpec(info.dtype, info.shape))}
+            stored = {"kept": StoredTensor(name, TensorSpec(STORED_AS.get(info.dtype, info.dtype), info.shape))}
         tensor = PlannedTensor(info, decisions[name], stored, shard, groups.get(name, (name,)))
         if used and used + tensor.stored_bytes > options.max_shard_size:
             shard, used = shard + 1, 0

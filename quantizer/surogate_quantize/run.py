@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.checkpoint.index import INDEX
+from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.errors import SurogateError
 from surogate_formats.format import to_dict
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
@@ -18,7 +21,14 @@ from surogate_quantize.engine import CpuEngine
 from surogate_quantize.options import Options
 from surogate_quantize.output import check_output, staged
 from surogate_quantize.plan import Plan, PlannedTensor, make_plan
-from surogate_quantize.sidecars import carry_over, quantized_config, shard_index, shard_names
+from surogate_quantize.sidecars import (
+    carried_names,
+    carry_over,
+    find_sidecars,
+    quantized_config,
+    shard_index,
+    shard_names,
+)
 from surogate_quantize.stream import Result, run_stream
 from surogate_quantize.summary import RunSummary, summarize_run
 from surogate_quantize.syncing import sync_directory, write_synced
@@ -38,14 +48,26 @@ class HubSourceError(SurogateError):
     """MODEL names no directory, but could name a model on the Hub."""
 
 
-def dry_run(model: str | Path, options: Options) -> tuple[Plan, list[str]]:
+def dry_run(
+    model: str | Path, options: Options, out: str | Path | None = None, *, overwrite: bool = False
+) -> tuple[Plan, list[str]]:
     """What `quantize` would do, and what the user should know about it: reads headers and config only.
 
+    Args:
+        model: directory of a Hugging Face checkpoint in safetensors.
+        options: what to do.
+        out: directory of the artifact, checked as `quantize` checks it; None checks none.
+        overwrite: an artifact may stand in `out`.
+
     Raises:
+        OutputExistsError, OutputInSourceError: see `surogate_quantize.output.check_output`.
         CheckpointError: the source is not what it claims to be.
         SurogateError: see `surogate_quantize.plan.make_plan`.
     """
     with open_source(model) as source:
+        if out is not None:
+            check_output(Path(out), source.directory, overwrite=overwrite)
+        find_sidecars(source.directory)
         made = make_plan(source, options)
         return made, warnings_before(source, made)
 
@@ -77,6 +99,7 @@ def quantize(
     with ExitStack() as stack:
         source = stack.enter_context(open_source(model))
         check_output(out_path, source_path, overwrite=overwrite)
+        sidecars = find_sidecars(source_path)
         made = make_plan(source, options)
         engine = stack.enter_context(CpuEngine(workers))
         comparison = Comparison(engine, options)
@@ -85,15 +108,17 @@ def quantize(
         with staged(out_path, needed) as staging:
             progress = watch(made) if watch else lambda tensor: None
             results = run_stream(source, made, engine, [staging / name for name in names], progress)
-            if len(names) > 1:
-                write_synced(staging / "model.safetensors.index.json", shard_index(made, names))
-            carried = carry_over(source_path, staging)
-            write_synced(staging / "config.json", config)
-            write_synced(staging / MANIFEST_NAME, make_manifest(source, made, results).to_json().encode())
+            carried = carry_over(source_path, sidecars, staging)
+            own = {CONFIG: config, **({INDEX: shard_index(made, names)} if len(names) > 1 else {})}
+            for name, data in own.items():
+                write_synced(staging / name, data)
+            hashes = carried | {name: hashlib.sha256(data).hexdigest() for name, data in own.items()}
+            manifest = make_manifest(source, made, results, hashes)
+            advice = [*warnings_before(source, made), *comparison.advice(source, made)]
+            write_synced(staging / MANIFEST_NAME, manifest.to_json().encode())
             sync_directory(staging)
-        advice = [*warnings_before(source, made), *comparison.advice(source, made)]
     seconds = time.perf_counter() - started
-    return summarize_run(made, results, out=str(out), seconds=seconds, carried=carried, advice=advice)
+    return summarize_run(made, results, out=str(out), seconds=seconds, carried=carried_names(sidecars), advice=advice)
 
 
 def open_source(model: str | Path) -> Checkpoint:
@@ -111,7 +136,9 @@ def open_source(model: str | Path) -> Checkpoint:
     return Checkpoint.open(model)
 
 
-def make_manifest(source: Checkpoint, made: Plan, results: Mapping[str, Result]) -> Manifest:
+def make_manifest(
+    source: Checkpoint, made: Plan, results: Mapping[str, Result], sidecars: Mapping[str, str]
+) -> Manifest:
     """Everything that determines the artifact's bytes, and the proof of them."""
     name, revision = source_identity(source.directory)
     return Manifest(
@@ -124,6 +151,7 @@ def make_manifest(source: Checkpoint, made: Plan, results: Mapping[str, Result])
         options=made.options.recorded(),
         recipe=asdict(made.options.recipe),
         lora=asdict(made.options.lora),
+        sidecars=dict(sorted(sidecars.items())),
         tensors={tensor.info.name: results[tensor.info.name].record for tensor in made.tensors},
     )
 

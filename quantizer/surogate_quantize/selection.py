@@ -73,10 +73,10 @@ def keep_groups_whole(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
 def _check_layers(skip: SkipOptions, depth: int) -> None:
     for option, count in (("first", skip.first_layers), ("last", skip.last_layers)):
         if count < 0:
-            raise SkipLayersError(f"--skip-{option}-layers {count}: must be 0 or more")
+            raise SkipLayersError(f"`skip_{option}_layers` {count}: must be 0 or more")
     if skip.first_layers + skip.last_layers > depth:
         raise SkipLayersError(
-            f"--skip-first-layers {skip.first_layers} --skip-last-layers {skip.last_layers}: the model has only"
+            f"`skip_first_layers` {skip.first_layers} `skip_last_layers` {skip.last_layers}: the model has only"
             f" {depth} layers; skip fewer"
         )
 

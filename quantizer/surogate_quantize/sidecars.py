@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import os
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from surogate_formats.checkpoint.directory import Directory
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.checkpoint.files import unreadable
+from surogate_formats.errors import CheckpointError
 from surogate_quantize.plan import Plan
 from surogate_quantize.syncing import sync_directory
 
@@ -40,36 +43,85 @@ CARRIED = (
 """Names of files that a user of the artifact needs; weights, code and the source's card are not among them."""
 
 TEMPLATES = "additional_chat_templates"
+"""Folder of which the `*.jinja` go along."""
+
+COPY_PIECE = 1 << 20
+"""Bytes of a file that are in memory at a time."""
 
 
-def carry_over(source: Path, target: Path) -> list[str]:
-    """Copies the files (contents, never links) that go along; returns their names.
+class OutsideLinkError(CheckpointError):
+    """A file that would go along is a link out of the source: copying it would publish a file of somebody's."""
+
+
+def find_sidecars(source: Path) -> tuple[str, ...]:
+    """Paths, relative to the source, of the files that go along, sorted; every one was opened once.
+
+    A link may lead to another file of the source or, as in the Hub's cache, to a blob of the same repository.
+
+    Raises:
+        OutsideLinkError: a link leads elsewhere.
+        SymlinkedDirectoryError: the folder of templates is a link.
+        NotARegularFileError: a pipe, a socket or a device.
+        UnreadableFileError: one of them may not be read, or is a link to nothing.
+    """
+    with Directory(source) as opened:
+        names = [name for name in opened.names if is_carried(name) and not (source / name).is_dir()]
+        if TEMPLATES in opened.names:
+            names += [f"{TEMPLATES}/{entry.name}" for entry in (source / TEMPLATES).glob("*.jinja")]
+        for name in names:
+            _check_link(source, name)
+            os.close(_open(opened, name))
+    return tuple(sorted(names))
+
+
+def carry_over(source: Path, names: Iterable[str], target: Path) -> dict[str, str]:
+    """Copies files (contents, never links) and syncs them; returns the SHA-256 of each.
 
     Raises:
         UnreadableFileError: one of them may not be read.
     """
-    names = sorted(entry.name for entry in source.iterdir() if entry.is_file() and is_carried(entry.name))
-    for name in names:
-        _copy(source / name, target / name)
-    templates = sorted(entry for entry in (source / TEMPLATES).glob("*.jinja") if entry.is_file())
-    if templates:
-        (target / TEMPLATES).mkdir()
-        for entry in templates:
-            _copy(entry, target / TEMPLATES / entry.name)
+    hashes = {}
+    with Directory(source) as opened:
+        for name in names:
+            (target / name).parent.mkdir(exist_ok=True)
+            hashes[name] = _copy(_open(opened, name), target / name)
+    if (target / TEMPLATES).is_dir():
         sync_directory(target / TEMPLATES)
-        names.append(TEMPLATES)
-    return names
+    return hashes
 
 
-def _copy(source: Path, target: Path) -> None:
+def carried_names(names: Iterable[str]) -> list[str]:
+    """What a summary lists: files, and the folder of templates once."""
+    return list(dict.fromkeys(name.partition("/")[0] for name in names))
+
+
+def _check_link(source: Path, name: str) -> None:
+    here, there = (Path(os.path.realpath(path)) for path in (source, source / name))
+    blobs = here.parent.parent / "blobs"
+    if here in there.parents or (here.parent.name == "snapshots" and there.parent == blobs):
+        return
+    raise OutsideLinkError(
+        f"{shown(source / name)}: a symbolic link to {shown(there)}, outside the model's directory; "
+        "put the file itself there, or remove the link"
+    )
+
+
+def _open(source: Directory, name: str) -> int:
     try:
-        reader = source.open("rb")
-    except OSError as error:
-        raise unreadable(shown(source), error) from None
-    with reader, target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer)
+        return source.open(name)
+    except FileNotFoundError as error:  # a link to nothing
+        raise unreadable(source.show(name), error) from None
+
+
+def _copy(descriptor: int, target: Path) -> str:
+    digest = hashlib.sha256()
+    with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
+        while data := reader.read(COPY_PIECE):
+            digest.update(data)
+            writer.write(data)
         writer.flush()
         os.fsync(writer.fileno())
+    return digest.hexdigest()
 
 
 def is_carried(name: str) -> bool:

@@ -58,11 +58,11 @@ def compile_pattern(pattern: str) -> Matcher:
         try:
             regex = re.compile(pattern[3:])
         except re.error as error:
-            raise InvalidSkipPatternError(f"--skip {pattern}: not a regular expression: {error}") from None
+            raise InvalidSkipPatternError(f"`skip` {pattern}: not a regular expression: {error}") from None
         return lambda tensor: regex.search(module_name(tensor)) is not None
     components = pattern.split(".")
     if not all(components):
-        raise InvalidSkipPatternError(f"--skip {pattern!r}: empty component; write names like layers.0.mlp")
+        raise InvalidSkipPatternError(f"`skip` {pattern!r}: empty component; write names like layers.0.mlp")
     body = r"\.".join("[^.]*".join(map(re.escape, component.split("*"))) for component in components)
     dotted = re.compile(rf"(?:^|\.){body}(?=\.|$)")
     return lambda tensor: dotted.search(tensor) is not None
@@ -80,7 +80,7 @@ def match_patterns(patterns: Sequence[str], tensors: Iterable[str]) -> dict[str,
     for pattern in patterns:
         matches = list(filter(compile_pattern(pattern), names))
         if not matches:
-            raise UnknownSkipPatternError(f"--skip {pattern}: matches no tensor; {_suggestion(pattern, names)}")
+            raise UnknownSkipPatternError(f"`skip` {pattern}: matches no tensor; {_suggestion(pattern, names)}")
         for name in matches:
             matched.setdefault(name, pattern)
     return matched
@@ -97,4 +97,4 @@ def _suggestion(pattern: str, names: Sequence[str]) -> str:
         if component not in known and not component.isdigit()
         for close in difflib.get_close_matches(component, known, n=3)
     ]
-    return f"did you mean {', '.join(near)}?" if near else "--dry-run lists every name"
+    return f"did you mean {', '.join(near)}?" if near else "`dry_run` lists every name"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.dtypes import NUMPY
@@ -19,12 +18,10 @@ from surogate_formats.format import Parts
 from surogate_formats.layouts import StoredTensor
 from surogate_formats.manifest import TensorRecord
 from surogate_quantize.engine import CpuEngine, Errors
+from surogate_quantize.kept import COPY_PIECE, KeptTensor
 from surogate_quantize.pieces import Source
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.shard import ShardWriter
-
-COPY_PIECE = 8 << 20
-"""Bytes of a kept tensor that are in memory at a time."""
 
 READ_AHEAD = 128 << 20
 """Bytes: a larger weight is not read while another is quantized, and fused groups are held up to this sum."""
@@ -194,7 +191,7 @@ def _named(source: Checkpoint, tensor: PlannedTensor) -> Iterator[None]:
         yield
     except SurogateError as error:
         where = f"{source.directory / source.tensors[tensor.info.name].file}: tensor {tensor.info.name}"
-        hint = f"repair the source, or leave it out with --skip {tensor.module}"
+        hint = f"repair the source, or leave it out with `skip` {tensor.module}"
         raise type(error)(f"{where}: {error}; {hint}") from None
 
 
@@ -214,28 +211,9 @@ def _write(tensor: PlannedTensor, shard: ShardWriter, parts: Parts, errors: Erro
 
 
 def _copy(source: Checkpoint, tensor: PlannedTensor, shard: ShardWriter) -> Result:
-    finite = True
-
-    def chunks() -> Iterator[memoryview]:
-        nonlocal finite
-        buffer = np.empty(min(COPY_PIECE, tensor.info.nbytes), np.uint8)
-        for offset in range(0, tensor.info.nbytes, COPY_PIECE):
-            read = source.read_into(tensor.info.name, buffer.data, offset)
-            finite = finite and _all_finite(buffer[:read], tensor.info.dtype)
-            yield buffer.data[:read]
-
-    digest = shard.write(tensor.info.name, chunks())
-    return Result(_record(tensor, {tensor.info.name: digest}, None), None, finite)
-
-
-def _all_finite(payload: NDArray[np.uint8], dtype: str) -> bool:
-    from surogate_quantize.kernels.source import INFINITY_BITS, RAW_DTYPES, largest_bits
-
-    if dtype not in RAW_DTYPES:
-        return True
-    raw = payload.view(RAW_DTYPES[dtype])
-    mask = raw.dtype.type(2 ** (8 * raw.itemsize - 1) - 1)
-    return int(largest_bits(raw, mask)) < INFINITY_BITS[dtype]
+    kept = KeptTensor(source, tensor)
+    digest = shard.write(tensor.info.name, kept.chunks())
+    return Result(_record(tensor, {tensor.info.name: digest}, None), None, kept.finite)
 
 
 def _record(tensor: PlannedTensor, hashes: dict[str, str], errors: Errors | None) -> TensorRecord:

@@ -10,7 +10,7 @@ from typing import Final
 
 _HEADS: Final = {
     "lm_head": r"",
-    "lm_head.decoder": r"lm_head\.(?:dense|layer_norm)\.",
+    "lm_head.decoder": r"lm_head\.(?:(?:dense|layer_norm)\.|bias$)",
     "lm_head.out_proj": r"model\.decoder\.layers\.0\.",
     "language_model.lm_head": r"language_model\.model\.",
     "text_model.lm_head": r"text_model\.model\.",
@@ -26,6 +26,12 @@ _HEADS: Final = {
     "embed_out": r"gpt_neox_japanese\.",
     "proj_out": r"model\.decoder\.layers\.0\.encoder_attn\.",
     "output_projection": r"biogpt\.|model\.decoder\.layers\.0\.encoder_attn\.",
+    "unembedding_projection": r"model\.embed_tokens\.embedding_projection\.",
+    "text_decoder_postnet.lm_head": r"speecht5\.decoder\.prenet\.embed_tokens\.",
+    "mlm_score.decoder": r"mlm_score\.",
+    "ctc_head": r"encoder\.out\.",
+    "head": r"rwkv\.embeddings\.",
+    "output": r"git\.embeddings\.",
     "decoder": r"head\.dense\.|decoder\.bias$",
 }
 """Full name of a head to the beginning of names of tensors that come with it; transformers' `_tied_weights_keys`."""

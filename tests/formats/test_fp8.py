@@ -114,5 +114,5 @@ def test_what_is_not_finite_is_refused_with_its_first_index():
 
 @pytest.mark.parametrize("arguments", [{"scaling": "row"}, {"scale_dtype": "float16"}])
 def test_other_parameters_are_refused(arguments):
-    with pytest.raises(UsageError, match=f"fp8: {next(iter(arguments))} is"):
+    with pytest.raises(UsageError, match=f"fp8: `{next(iter(arguments))}` is"):
         FP8(**arguments)

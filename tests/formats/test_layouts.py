@@ -185,20 +185,20 @@ def test_formats_round_trip_through_json(fmt):
 @pytest.mark.parametrize(
     ("name", "parameters", "layout", "message"),
     [
-        ("nf4", {}, "hf-fp8", "nf4 has no layout hf-fp8"),
-        ("nf4", {}, "compressed-tensors", "nf4 has no layout compressed-tensors"),
-        ("fp4", {}, "surogate", "fp4 has no layout surogate"),
+        ("nf4", {}, "hf-fp8", "nf4 has no layout hf-fp8; it has surogate"),
+        ("nf4", {}, "compressed-tensors", "nf4 has no layout compressed-tensors; it has surogate"),
+        ("fp4", {}, "surogate", "fp4 has no layout surogate; it has compressed-tensors"),
         ("fp4", {}, "hf-fp8", "fp4 has no layout hf-fp8"),
-        ("fp8", {}, "surogate", "fp8 has no layout surogate"),
-        ("fp8", {"scaling": "block"}, "compressed-tensors", "use --layout hf-fp8"),
-        ("fp8", {"scaling": "tensor"}, "hf-fp8", "use --layout compressed-tensors"),
-        ("fp8", {"scaling": "channel"}, "hf-fp8", "use --layout compressed-tensors"),
-        ("fp8", {"scale_dtype": "float32"}, "compressed-tensors", "scale_dtype must be bfloat16"),
+        ("fp8", {}, "surogate", "fp8 has no layout surogate; it has compressed-tensors and hf-fp8"),
+        ("fp8", {"scaling": "block"}, "compressed-tensors", "use `layout='hf-fp8'`"),
+        ("fp8", {"scaling": "tensor"}, "hf-fp8", "use `layout='compressed-tensors'`"),
+        ("fp8", {"scaling": "channel"}, "hf-fp8", "use `layout='compressed-tensors'`"),
+        ("fp8", {"scale_dtype": "float32"}, "compressed-tensors", "`scale_dtype` must be bfloat16"),
         ("fp8", {"scaling": "block", **BF16}, "hf-fp8", "float32 scales"),
     ],
 )
 def test_pairs_that_readers_take_wrongly_are_refused(name, parameters, layout, message):
-    with pytest.raises(LayoutRefusesError, match=f"^--layout {layout}: .*{message}"):
+    with pytest.raises(LayoutRefusesError, match=f"^layout {layout}: .*{message}"):
         settle(name, parameters, layout)
 
 
@@ -207,9 +207,9 @@ def test_pairs_that_readers_take_wrongly_are_refused(name, parameters, layout, m
     [
         ("nf5", {}, None, "no format 'nf5'; choose one of nf4, fp4, fp8"),
         ("nf4", {}, "gguf", "no layout 'gguf'; choose one of"),
-        ("nf4", {"scaling": "tensor"}, None, "nf4 has no parameter 'scaling'; it has block_size, double_quant"),
-        ("fp4", {"block_size": 64}, None, "fp4 has no parameter 'block_size'"),
-        ("fp8", {"two_d": True}, None, "fp8 has no parameter 'two_d'"),
+        ("nf4", {"scaling": "tensor"}, None, "nf4 has no parameter `scaling`; it has `block_size`, `double_quant`"),
+        ("fp4", {"block_size": 64}, None, "fp4 has no parameter `block_size`"),
+        ("fp8", {"two_d": True}, None, "fp8 has no parameter `two_d`"),
         ("fp8", {"scaling": "row"}, None, "choose one of tensor, channel, block"),
     ],
 )

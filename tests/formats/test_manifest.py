@@ -19,6 +19,7 @@ MANIFEST = Manifest(
     options={"skip": ["a.b"]},
     recipe={"name": "bf16"},
     lora={"rank": 16},
+    sidecars={"config.json": "3" * 64, "additional_chat_templates/x.jinja": "4" * 64},
     tensors={
         "a.weight": TensorRecord("quantize", "linear", "BF16", (4, 64), 4.25, {"a.weight": "1" * 64}, 0.09, 0.5),
         "näme": TensorRecord("keep", "norm", "F32", (), 32.0, {"näme": "2" * 64}),
@@ -69,8 +70,13 @@ def edited(**changes):
         edited(tensors={"a": 3}),
         edited(files=[{"name": "x"}]),
         edited(files=3),
+        edited(sidecars=...),
+        edited(sidecars=["config.json"]),
+        edited(sidecars={"config.json": 3}),
+        edited(sidecars={"../config.json": "3" * 64}),
+        edited(sidecars={"/etc/hostname": "3" * 64}),
     ],
-    ids=range(21),
+    ids=range(26),
 )
 def test_what_is_no_manifest_of_this_version_is_refused_in_one_line(text):
     with pytest.raises(ArtifactError, match=r"^out/surogate\.json: ") as caught:

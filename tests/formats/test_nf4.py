@@ -180,5 +180,5 @@ def test_what_is_not_finite_is_refused_with_its_first_index(value):
 
 @pytest.mark.parametrize("arguments", [{"block_size": 32}, {"block_size": 65}, {"double_quant": True}])
 def test_other_parameters_are_refused(arguments):
-    with pytest.raises(UsageError, match=f"nf4: {next(iter(arguments))} is"):
+    with pytest.raises(UsageError, match=f"nf4: `{next(iter(arguments))}` is"):
         NF4(**arguments)

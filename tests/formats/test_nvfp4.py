@@ -186,5 +186,5 @@ def test_what_is_not_finite_is_refused_with_its_first_index():
 
 @pytest.mark.parametrize("arguments", [{"metric": "MSE"}, {"global_scale": "max"}])
 def test_other_parameters_are_refused(arguments):
-    with pytest.raises(UsageError, match=f"fp4: {next(iter(arguments))} is"):
+    with pytest.raises(UsageError, match=f"fp4: `{next(iter(arguments))}` is"):
         NVFP4(**arguments)

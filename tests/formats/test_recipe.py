@@ -9,8 +9,8 @@ from surogate_formats.recipe import RECIPES, IncompatibleRecipeError, Recipe, ch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "fp8"}, "name is 'fp8'; choose one of bf16, fp8-hybrid, nvfp4"),
-        ({"name": "fp8_hybrid"}, "name is 'fp8_hybrid'"),
+        ({"name": "fp8"}, "`name` is 'fp8'; choose one of bf16, fp8-hybrid, nvfp4"),
+        ({"name": "fp8_hybrid"}, "`name` is 'fp8_hybrid'"),
         ({"margin": -1}, "margin is -1; it must not be negative"),
         ({"amax_history_len": 0}, "amax_history_len is 0; it must be at least 1"),
         ({"amax_compute_algo": "MAX"}, "choose one of max, most_recent"),

@@ -14,7 +14,7 @@ from evaluation_text import ShortTextError, licence_windows
 from make_smollm2 import ForeignOutputError, SourcePackageError, make_smollm2
 from make_tiny import KINDS, TinyCheckpointError, make_tiny
 from staging import staged
-from surogate_load.evaluate import kl_and_perplexity, reference_logprobs
+from surogate_load.divergence import kl_and_perplexity, reference_logprobs
 
 IDS = torch.arange(3, 99).reshape(3, 32)
 

@@ -133,7 +133,7 @@ def test_other_dtypes(kind, dtype, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
-def test_experts_share_one_amax_a_layer_and_fp4_warns(kind, tiny, tmp_path):
+def test_experts_share_one_amax_a_layer_and_warn(kind, tiny, tmp_path):
     summary = quantize(tiny(kind), tmp_path / "out", options("fp4-1d-amax"))
     with Artifact.open(tmp_path / "out") as artifact:
         scale = {module: float(artifact.parts(module)["global_scale"][0]) for module in artifact.modules}
@@ -144,7 +144,8 @@ def test_experts_share_one_amax_a_layer_and_fp4_warns(kind, tiny, tmp_path):
         assert (len(down), len(rest)) == (1, 1)
         assert down != rest
     assert any("reads fp4 experts in layout compressed-tensors wrongly" in line for line in summary.warnings)
-    assert quantize(tiny(kind), tmp_path / "nf4", options("nf4")).warnings == ()
+    (warning,) = quantize(tiny(kind), tmp_path / "nf4", options("nf4")).warnings
+    assert "surogate_load can't keep fused experts packed yet" in warning
 
 
 def test_skipped_layers_of_every_kind_stay(tiny, tmp_path):

@@ -11,8 +11,11 @@ import pytest
 from click.testing import CliRunner
 from quantizer.checkpoints import LINEARS, check_artifact, contents, llama, write_checkpoint
 
+from surogate_formats.layouts import LAYOUTS as LAYOUT_CLASSES
 from surogate_quantize import make_options, quantize
-from surogate_quantize.cli import EXAMPLES, FORMAT_PARAMETERS, main
+from surogate_quantize.cli import EXAMPLES, FORMAT_PARAMETERS, LAYOUTS, main
+from surogate_quantize.flags import as_flags
+from surogate_quantize.output import STAGING
 from surogate_quantize.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +120,7 @@ def test_version():
         (("model", "--format", "nf4", "--skip-first-layers", "-1"), "-1 is not in the range x>=0"),
         (("model", "--format", "nf4", "--workers", "0"), "0 is not in the range x>=1"),
         (("model", "--format", "fp8", "--scaling", "row"), "'row' is not one of 'tensor', 'channel', 'block'"),
+        (("model", "--format", "nf4", "--layout", "gguf"), "'gguf' is not one of 'surogate', 'compressed-tensors', "),
         (("model", "--format", "nf4", "--block-size", "big"), "'big' is not a valid integer"),
         (("model", "extra", "--format", "nf4"), "Got unexpected extra argument (extra)"),
         (("model", "--format", "nf4", "--blocksize", "64"), "No such option"),
@@ -237,11 +241,13 @@ def test_a_training_file_gives_the_format_and_the_model(source, tmp_path, monkey
     assert result.stderr == f"{config}: not ours, passed over: learning_rate, datasets\n"
     manifest = manifest_of(tmp_path / "out")
     assert manifest["format"] == {"name": "nf4", "block_size": 128, "double_quant": "affine"}
-    assert manifest["lora"] == {"enabled": True, "rank": 4, "alpha": 32}
+    assert manifest["lora"].items() >= {"enabled": True, "rank": 4, "alpha": 32}.items()
     assert cli("--config", config, "--out", tmp_path / "quiet", "-q").stderr == ""
     strict = cli("--config", config, "--out", tmp_path / "strict", "--strict")
     assert (strict.exit_code, strict.stdout) == (2, "")
-    assert strict.stderr.startswith(f"Error: {config}: 'learning_rate' is not a key of ours")
+    assert strict.stderr == (
+        f"Error: {config}: not keys of ours: learning_rate, datasets; leave out --strict to pass over them\n"
+    )
     assert not (tmp_path / "strict").exists()
 
 
@@ -253,9 +259,11 @@ def test_arguments_win_over_the_training_file(source, tmp_path):
     assert result.exit_code == 0, result.output
     assert manifest_of(out)["format"]["block_size"] == 64
     assert manifest_of(out)["options"]["skip_first_layers"] == 0
-    clash = cli(source, "--config", config, "--format", "fp8", "--out", tmp_path / "other")
-    assert clash.exit_code == 2
-    assert "--format fp8, but the training file asks for nf4" in clash.stderr
+    other = cli(source, "--config", config, "--format", "fp8", "--out", tmp_path / "other")
+    assert other.exit_code == 0
+    assert other.stderr == f"{config}: asks for nf4; --format fp8 wins\n"
+    assert manifest_of(tmp_path / "other")["format"]["name"] == "fp8"
+    assert manifest_of(tmp_path / "other")["options"]["skip_first_layers"] == 1
 
 
 @pytest.mark.parametrize(
@@ -302,3 +310,108 @@ def test_as_a_process(source, tmp_path):
     assert "overlaps with the source" in usage.stderr
     assert "Traceback" not in failed.stderr + usage.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_the_layouts_written_out_for_the_help_are_those_there_are():
+    assert set(LAYOUTS) == LAYOUT_CLASSES.keys()
+
+
+@pytest.mark.parametrize(
+    ("message", "flags"),
+    [
+        ("`out` x: is not empty", "--out x: is not empty"),
+        ("use `layout='hf-fp8'`", "use --layout hf-fp8"),
+        ("`two_d=False`, `two_d=True` or `two_d`", "--1d, --2d or --2d/--1d"),
+        ("`overwrite=True` replaces it", "--overwrite replaces it"),
+        ("it has `scaling`, `scale_dtype`", "it has --scaling"),
+        ("`skip` a.b with a `training` file", "--skip a.b with a --config file"),
+        ("/a/`odd`/name `and=so`", "/a/`odd`/name `and=so`"),
+    ],
+)
+def test_parameters_become_flags(message, flags):
+    assert as_flags(message, main, {"training": "config"}) == flags
+
+
+def test_warnings_name_flags_on_stderr_and_in_json(source, tmp_path):
+    result = cli(source, "--format", "fp4", "--out", tmp_path / "out", "--json")
+    (warning,) = json.loads(result.stdout)["warnings"]
+    assert warning.startswith("with --1d the relative error is ")
+    assert result.stderr == f"Warning: {warning}\n"
+
+
+def test_a_dry_run_checks_the_output_as_the_run_would(source, tmp_path):
+    out = tmp_path / "out"
+    (out / STAGING).mkdir(parents=True)
+    run = ("--format", "fp8", "--out", out)
+    for extra, message in (
+        (
+            (),
+            f"--out {out}: holds only {STAGING}, which a run that was killed left; --overwrite replaces it, or remove",
+        ),
+        (("--out", source), "overlaps with the source"),
+    ):
+        dry, real = cli(source, *run, "--dry-run", *extra), cli(source, *run, *extra)
+        assert (dry.exit_code, dry.stderr) == (real.exit_code, real.stderr) == (2, dry.stderr)
+        assert message in dry.stderr
+    assert cli(source, *run, "--dry-run", "--overwrite").exit_code == 0
+    assert [path.name for path in out.iterdir()] == [STAGING]
+    assert cli(source, *run, "--overwrite").exit_code == 0
+    assert "--overwrite to replace an artifact" in cli(source, *run, "--dry-run").stderr
+
+
+def test_a_verbose_run_prints_the_plan_first(source, tmp_path):
+    result = cli(source, "--format", "fp8", "--out", tmp_path / "out", "-v")
+    assert "model.layers.1.mlp.up_proj.weight  " in result.stderr
+    assert "model.layers.1.mlp.up_proj.weight  " not in result.stdout
+    assert "written to" in result.stdout
+
+
+def test_a_pipe_gets_tables_without_padding_and_without_folds(tmp_path):
+    name = f"model.layers.0.{'very_long_' * 30}name.up_proj.weight"
+    source = write_checkpoint(tmp_path / "source", llama() | {name: llama()["model.layers.0.mlp.up_proj.weight"]})
+    for arguments in (("--dry-run",), ("--dry-run", "-v"), ("--out", tmp_path / "out")):
+        done = command(source, "--format", "fp8", *arguments)
+        assert done.returncode == 0
+        lines = done.stdout.splitlines()
+        assert lines == [line.rstrip() for line in lines]
+        assert sum(name in line for line in lines) == ("--dry-run" in arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nf4",), "no model can be loaded from this artifact; --skip experts keeps them as they are"),
+        (("fp4",), "surogate_load can't keep fused experts packed yet; vLLM and SGLang read them"),
+        (("fp8",), "experts packed yet; --scaling block gives hf-fp8"),
+        (("fp8", "--scaling", "block"), "can't keep fused experts packed yet; transformers, vLLM and SGLang read them"),
+    ],
+)
+def test_a_mixture_of_experts_says_who_can_load_it(tmp_path, arguments, message):
+    weight = llama()["model.layers.0.mlp.up_proj.weight"]
+    experts = {
+        f"model.layers.0.mlp.experts.{i}.{leaf}_proj.weight": weight if leaf != "down" else weight.T.copy()
+        for i in range(2)
+        for leaf in ("gate", "up", "down")
+    }
+    source = write_checkpoint(tmp_path / "source", llama() | experts)
+    result = cli(source, "--format", *arguments, "--dry-run")
+    assert result.exit_code == 0
+    assert message in result.stderr
+    assert "experts packed" not in cli(source, "--format", *arguments, "--dry-run", "--skip", "experts").stderr
+
+
+def test_without_a_place_for_compiled_kernels_a_run_warns_and_goes_on(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_LOCATOR_CLASSES", "UserProvidedCacheLocator")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/null/nowhere")
+    done = command(source, "--format", "fp8", "--out", tmp_path / "out", "-q")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
+    assert done.stderr.startswith("Warning: no writable directory for compiled kernels")
+    assert "NUMBA_CACHE_DIR" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    check_artifact(source, tmp_path / "out")
+
+
+def test_the_distributions_version_is_that_of_the_package():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in text
+    assert 'version = { attr = "surogate_formats.version.VERSION" }' in text

@@ -12,7 +12,7 @@ from surogate_formats.nvfp4 import NVFP4
 from surogate_formats.recipe import IncompatibleRecipeError, Recipe
 from surogate_formats.training_config import Lora, load_training_config
 from surogate_quantize import make_options, quantize
-from surogate_quantize.options import BadSizeError, ContradictingFormatError, NoFormatError, parse_size
+from surogate_quantize.options import BadSizeError, NoFormatError, parse_size
 
 ALL = {f"{module}.weight" for module in LINEARS}
 FIRST = {name for name in ALL if ".layers.0." in name}
@@ -199,17 +199,20 @@ def test_recipe_and_adapter_come_from_the_training_file(load):
 
 def test_a_training_file_without_a_format_leaves_it_to_the_argument(load):
     assert make_options("fp8", {"scaling": "channel"}, training=load("lora: true\n")).format.scaling == "channel"
-    with pytest.raises(NoFormatError, match="give --format nf4, fp4 or fp8"):
+    with pytest.raises(NoFormatError, match="give `format_name` nf4, fp4 or fp8, or a `training` file"):
         make_options(None, {}, training=load("lora: true\n"))
     with pytest.raises(NoFormatError):
         make_options(None, {})
 
 
-def test_format_and_training_file_must_agree(load):
-    training = load("qlora_bnb: true\n")
-    assert make_options("nf4", {}, training=training).format == NF4()
-    with pytest.raises(ContradictingFormatError, match="--format fp8, but the training file asks for nf4"):
-        make_options("fp8", {}, training=training)
+def test_a_format_wins_over_the_training_files_and_takes_its_own_parameters_from_there(load):
+    training = load("qlora_bnb: true\nqlora_bnb_block_size: 128\ndisable_2d_quantization: true\nlora_rank: 4\n")
+    assert make_options("nf4", {}, training=training).format == NF4(128)
+    options = make_options("fp4", {}, training=training)
+    assert options.format == NVFP4(two_d=False)
+    assert options.lora.rank == 4
+    with pytest.raises(IncompatibleRecipeError):
+        make_options("nf4", {}, training=load("qlora_fp4: true\nrecipe: nvfp4\n"))
 
 
 def test_nf4_under_nvfp4_is_refused(load):
@@ -219,7 +222,7 @@ def test_nf4_under_nvfp4_is_refused(load):
 
 @pytest.mark.parametrize("line", ["qlora_bnb_block_size: 32", "qlora_bnb_block_size: 0"])
 def test_block_sizes_that_the_format_does_not_have(line, load):
-    with pytest.raises(UsageError, match=r"block_size is \d+; choose one of 64, 128"):
+    with pytest.raises(UsageError, match=r"`block_size` is \d+; choose one of 64, 128"):
         make_options(None, {}, training=load(f"qlora_bnb: true\n{line}\n"))
 
 

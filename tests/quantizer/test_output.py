@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from surogate_quantize import output
-from surogate_quantize.output import (
-    STAGING,
+from surogate_quantize.output import STAGING, check_output, staged
+from surogate_quantize.output_errors import (
     DiskFullError,
+    LeftoverError,
     OutputBusyError,
     OutputExistsError,
     OutputInSourceError,
     OutputNotWritableError,
-    check_output,
-    staged,
 )
 
 NEW = {"model.safetensors": b"new", "config.json": b"{}", "surogate.json": b"{1}", "tokenizer.json": b"t"}
@@ -67,14 +66,14 @@ def test_what_holds_something_is_refused_and_overwrite_takes_artifacts_alone(sou
     (out / "notes.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="is not empty"):
         check_output(out, source, overwrite=False)
-    with pytest.raises(OutputExistsError, match=r"holds no surogate\.json, so --overwrite won't touch it"):
+    with pytest.raises(OutputExistsError, match=r"holds no surogate\.json, so `overwrite=True` won't touch it"):
         check_output(out, source, overwrite=True)
     (out / "surogate.json").write_text("{}")
     with pytest.raises(OutputExistsError, match=r"holds notes\.txt, which is no part of an artifact"):
         check_output(out, source, overwrite=True)
     (out / "notes.txt").unlink()
     check_output(out, source, overwrite=True)
-    with pytest.raises(OutputExistsError, match="--overwrite to replace"):
+    with pytest.raises(OutputExistsError, match="`overwrite=True` to replace"):
         check_output(out, source, overwrite=False)
 
 
@@ -124,6 +123,23 @@ def test_a_staging_folder_left_by_a_killed_run_is_replaced(tmp_path):
     check_output(out, tmp_path / "source", overwrite=True)
     write(out)
     assert files(out) == NEW
+
+
+def test_a_directory_of_nothing_but_leftovers_says_so(tmp_path):
+    out = tmp_path / "out"
+    (out / STAGING).mkdir(parents=True)
+    with pytest.raises(
+        LeftoverError, match=rf"holds only {STAGING}, which a run that was killed left; `overwrite=True`"
+    ):
+        check_output(out, tmp_path / "source", overwrite=False)
+    assert (out / STAGING).exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_staging_folder_that_a_run_writes_into_is_no_leftover(tmp_path, overwrite):
+    out = tmp_path / "out"
+    with pytest.raises(OutputBusyError), staged(out, 0):
+        check_output(out, tmp_path / "source", overwrite=overwrite)
 
 
 def test_overwriting_replaces_everything_and_leaves_no_old_file(tmp_path):
@@ -228,7 +244,7 @@ def test_a_directory_that_may_not_be_looked_into(source, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "exists", refuses)
-    with pytest.raises(OutputNotWritableError, match=r"^--out .*: Permission denied; choose another"):
+    with pytest.raises(OutputNotWritableError, match=r"^`out` .*: Permission denied; choose another"):
         check_output(source.parent / "out", source, overwrite=False)
 
 
@@ -244,7 +260,7 @@ def test_a_directory_that_may_not_be_looked_into(source, monkeypatch):
 )
 def test_what_the_disk_says_is_one_line_and_leaves_nothing(tmp_path, code, error, message):
     out = tmp_path / "out"
-    with pytest.raises(error, match=f"^--out .*{message}"), staged(out, 0):
+    with pytest.raises(error, match=f"^`out` .*{message}"), staged(out, 0):
         raise OSError(code, os.strerror(code))
     assert not out.exists()
 
@@ -266,3 +282,10 @@ def test_an_output_below_a_file_cannot_be_made(tmp_path):
     with pytest.raises(OutputNotWritableError, match="Not a directory"), staged(tmp_path / "file" / "out", 0):
         pytest.fail("the block was entered")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_whose_parent_cannot_be_made_names_it(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    message = rf"`out` .*link/deep/out: {tmp_path}/link can't be made \(File exists\); choose another directory"
+    with pytest.raises(OutputNotWritableError, match=message), staged(tmp_path / "link" / "deep" / "out", 0):
+        pytest.fail("the block was entered")

@@ -1,5 +1,7 @@
 """The plan: where every tensor goes, what is listed as kept, who shares an amax, and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 from quantizer.checkpoints import CONFIG, LINEARS, llama, write_checkpoint
@@ -100,6 +102,9 @@ def test_a_tied_head_that_is_stored_all_the_same_is_kept_once(tmp_path):
         (["cls.predictions.bias", "cls.predictions.decoder.weight"], ["lm_head"]),
         (["roberta.embeddings.word_embeddings.weight", "lm_head.dense.weight"], ["lm_head", "lm_head.decoder"]),
         (["distilbert.x.weight", "vocab_transform.weight"], ["lm_head", "vocab_projector"]),
+        (["bert.encoder.layer.0.x.weight", "lm_head.bias"], ["lm_head", "lm_head.decoder"]),
+        (["speecht5.decoder.prenet.embed_tokens.weight"], ["lm_head", "text_decoder_postnet.lm_head"]),
+        (["model.embed_tokens.embedding_projection.weight"], ["lm_head", "unembedding_projection"]),
     ],
 )
 def test_heads_that_no_file_holds_are_known_by_their_neighbours(tensors, heads):
@@ -180,7 +185,7 @@ def test_skip_patterns(source):
 
 
 def test_a_skip_pattern_that_matches_nothing_is_refused_with_what_is_near(source):
-    with pytest.raises(UnknownSkipPatternError, match=r"--skip up_porj: matches no tensor; did you mean up_proj"):
+    with pytest.raises(UnknownSkipPatternError, match=r"`skip` up_porj: matches no tensor; did you mean up_proj"):
         plan_of(source, skip=("up_porj",))
 
 
@@ -219,3 +224,16 @@ def test_other_dtypes_are_kept_with_their_name(tmp_path, dtype):
     write_checkpoint(tmp_path, dtype=dtype)
     with pytest.raises(NothingToQuantizeError, match=f"dtype {dtype}"):
         plan_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "hint"),
+    [("fp8", {"scaling": "block"}, "; `scaling='channel'` takes every shape"), ("fp4", {}, "")],
+)
+def test_widths_that_no_tile_divides_get_the_scaling_that_takes_them(tmp_path, name, parameters, hint):
+    side = 576 if name == "fp8" else 568
+    write_checkpoint(tmp_path, {"model.layers.0.mlp.up_proj.weight": np.ones((side, side), np.float32)})
+    with pytest.raises(NothingToQuantizeError, match=rf"{side} is not a multiple of .*{re.escape(hint)}$"):
+        plan_of(tmp_path, name, parameters)
+    other = plan_of(tmp_path, "fp8", {"scaling": "channel"})
+    assert len(other.quantized) == 1

@@ -251,7 +251,8 @@ def test_kept_tensors_larger_than_a_copied_piece_and_odd_ones(tmp_path):
     assert summary.warnings == ("model.big.weight is kept as it is, and holds a NaN or an infinity",)
     assert check_artifact(tmp_path / "source", tmp_path / "out") == sorted(LINEARS)
     found = payloads(tmp_path / "out")
-    assert found["model.scalar"][:2] == ("I64", ())
+    assert found["model.scalar"] == ("I32", (), np.int32(3).tobytes())
+    assert found["model.mask"] == ("U8", (2,), b"\1\0")
     assert found["model.empty"] == ("F16", (0, 5), b"")
 
 
@@ -269,7 +270,7 @@ def test_the_advice_about_2d_scales_is_measured_and_given_where_it_holds(source,
     from surogate_formats.training_config import TrainingConfig
 
     (warning,) = make(source, tmp_path / "2d", "fp4").warnings
-    assert "--1d" in warning
+    assert "`two_d=False`" in warning
     one = make(source, tmp_path / "1d", "fp4", {"two_d": False})
     assert one.warnings == ()
     assert make(source, tmp_path / "nf4", "nf4").warnings == ()

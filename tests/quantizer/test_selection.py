@@ -163,10 +163,20 @@ def test_dtypes_that_are_quantized(dtype, reason):
     assert select({name: (dtype, SQUARE)}, {}, SkipOptions())[name] == Decision(True, reason)
 
 
-@pytest.mark.parametrize("dtype", ["I64", "U8", "BOOL", "F64", "F8_E4M3"])
-def test_dtypes_that_are_kept(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        ("I64", ", stored as I32"),
+        ("BOOL", ", stored as U8"),
+        ("F64", ", stored as F32"),
+        ("F8_E8M0", ", stored as U8"),
+        ("U8", ""),
+        ("F8_E4M3", ""),
+    ],
+)
+def test_dtypes_that_are_kept(dtype, stored):
     name = "model.layers.0.mlp.up_proj.weight"
-    assert select({name: (dtype, SQUARE)}, {}, SkipOptions())[name] == Decision(False, f"dtype {dtype}")
+    assert select({name: (dtype, SQUARE)}, {}, SkipOptions())[name] == Decision(False, f"dtype {dtype}{stored}")
 
 
 def test_conv1d_is_kept_by_model_type_or_by_shape():

@@ -96,9 +96,9 @@ def test_a_pattern_is_named_as_the_reason_and_never_hides_another():
     [
         ("mpl", "did you mean mlp"),
         ("layers.0.self_atn.q_proj", "did you mean self_attn"),
-        ("layers.12", "--dry-run"),
+        ("layers.12", "`dry_run`"),
         ("layer", "did you mean layers"),
-        ("proj", "--dry-run|q_proj"),
+        ("proj", "`dry_run`|q_proj"),
         ("re:visual", "full module names such as model.embed_tokens"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_pattern_that_matches_nothing(pattern, hint):
     with pytest.raises(UnknownSkipPatternError, match=hint) as caught:
         select(llama(12), {}, SkipOptions(patterns=("mlp", pattern)))
     assert isinstance(caught.value, UsageError)
-    assert f"--skip {pattern}: matches no tensor" in str(caught.value)
+    assert f"`skip` {pattern}: matches no tensor" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

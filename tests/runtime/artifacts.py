@@ -74,6 +74,7 @@ def write_artifact(model, directory, fmt, *, recipe=None, layout=None, lora=None
         options={},
         recipe=asdict(recipe or Recipe()),
         lora=lora or {},
+        sidecars={},
         tensors=records,
     )
     (out / MANIFEST_NAME).write_text(manifest.to_json())

@@ -135,6 +135,6 @@ def _open_real(directory: int, name: str, where: str) -> int:
         raise
     except OSError as error:
         if stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-            message = f"{where}: its directory {shown(name)} is a symbolic link; move the shard beside the index"
+            message = f"{where}: its directory {shown(name)} is a symbolic link; put the directory itself there"
             raise SymlinkedDirectoryError(message) from None
         raise unreadable(where, error) from None

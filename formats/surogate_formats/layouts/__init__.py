@@ -61,8 +61,14 @@ def settle(name: str, parameters: Mapping[str, Any], layout: str | None = None) 
         refusal = candidate.refusal(fmt)
         if refusal is None:
             return fmt, candidate
-        refusals.append((name not in candidate.suffixes, f"--layout {candidate.name}: {refusal}"))
+        foreign = name not in candidate.suffixes
+        others = f"; it has {_layouts_of(name)}" if foreign else ""
+        refusals.append((foreign, f"layout {candidate.name}: {refusal}{others}"))
     raise LayoutRefusesError(min(refusals)[1])
+
+
+def _layouts_of(name: str) -> str:
+    return " and ".join(key for key, layout in LAYOUTS.items() if name in layout.suffixes)
 
 
 def layout_of_config(config: object) -> Layout:

@@ -34,22 +34,25 @@ class CompressedTensorsLayout:
     fixed: ClassVar[dict[str, dict[str, Any]]] = {"fp8": {"scale_dtype": "bfloat16"}}
     expert_warnings: ClassVar[dict[str, str]] = {
         "fp4": "transformers 5.24 reads fp4 experts in layout compressed-tensors wrongly and without an error "
-        "(huggingface/transformers#48371)",
-        "fp8": "vLLM can't load weight-only fp8 experts in layout compressed-tensors; --scaling block gives it hf-fp8",
+        "(huggingface/transformers#48371), and surogate_load can't keep fused experts packed yet; vLLM and SGLang read "
+        "them",
+        "fp8": "vLLM can't load weight-only fp8 experts in layout compressed-tensors, and surogate_load can't keep "
+        "fused experts packed yet; `scaling='block'` gives hf-fp8, which vLLM reads",
     }
     dtype_warnings: ClassVar[dict[str, str]] = {
         "fp4": "plain transformers runs fp4 in bfloat16 alone, and fails at the first forward of other models",
         "fp8": "plain transformers rounds the scales to the model's dtype, which float16 holds less exactly",
     }
+    way_out: ClassVar[dict[str, str]] = {}
 
     def refusal(self, fmt: Format) -> str | None:
         """FP8 tiles load in neither transformers' nor vLLM's weight-only path; scales must be exact in bfloat16."""
         if fmt.name not in self.suffixes:
             return f"{fmt.name} has no layout compressed-tensors"
         if isinstance(fmt, FP8) and fmt.scaling == "block":
-            return "vLLM fails on weight-only FP8 tiles in compressed-tensors: use --layout hf-fp8"
+            return "vLLM fails on weight-only FP8 tiles in compressed-tensors: use `layout='hf-fp8'`"
         if isinstance(fmt, FP8) and fmt.scale_dtype != "bfloat16":
-            return "transformers rounds these FP8 scales to the model's dtype: scale_dtype must be bfloat16"
+            return "transformers rounds these FP8 scales to the model's dtype: `scale_dtype` must be bfloat16"
         return None
 
     def keep_reason(self, fmt: Format, shape: Shape) -> str | None:

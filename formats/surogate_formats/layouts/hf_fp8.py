@@ -17,15 +17,18 @@ class HfFp8Layout:
     suffixes: ClassVar[dict[str, dict[str, str]]] = {"fp8": {"codes": "weight", "scale": "weight_scale_inv"}}
 
     fixed: ClassVar[dict[str, dict[str, Any]]] = {}
-    expert_warnings: ClassVar[dict[str, str]] = {}
+    expert_warnings: ClassVar[dict[str, str]] = {
+        "fp8": "surogate_load can't keep fused experts packed yet; transformers, vLLM and SGLang read them"
+    }
     dtype_warnings: ClassVar[dict[str, str]] = {}
+    way_out: ClassVar[dict[str, str]] = {"fp8": "`scaling='channel'` takes every shape"}
 
     def refusal(self, fmt: Format) -> str | None:
         """Only tiles: vLLM doesn't know the other scalings under these names."""
         if not isinstance(fmt, FP8):
             return f"{fmt.name} has no layout hf-fp8"
         if fmt.scaling != "block":
-            return f"vLLM can't read FP8 by {fmt.scaling} in hf-fp8: use --layout compressed-tensors"
+            return f"vLLM can't read FP8 by {fmt.scaling} in hf-fp8: use `layout='compressed-tensors'`"
         if fmt.scale_dtype != "float32":
             return "hf-fp8 stores float32 scales"
         return None

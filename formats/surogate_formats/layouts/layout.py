@@ -36,6 +36,9 @@ class Layout(Protocol):
     dtype_warnings: ClassVar[dict[str, str]]
     """Format name to what its readers get wrong about models that aren't in bfloat16."""
 
+    way_out: ClassVar[dict[str, str]]
+    """Format name to what takes weights of the shapes that `keep_reason` refuses."""
+
     def refusal(self, fmt: Format) -> str | None:
         """Why the format with its parameters has no place in this layout; None if it has."""
         ...
