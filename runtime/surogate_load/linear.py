@@ -13,6 +13,7 @@ from surogate_formats.layouts import Layout
 from surogate_load.placement import Mover, cast_by, move_only
 from surogate_load.recipes.bf16 import Bf16
 from surogate_load.recipes.layer import RecipeLayer
+from surogate_load.recipes.product import multiply_with_lora
 from surogate_load.weight import WeightKind, empty_part
 
 
@@ -90,13 +91,35 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], multiplied in `compute_dtype` (under autocast in its dtype) as the recipe says."""
+        device, dtype, autocast = self._arithmetic(x)
+        with torch.autocast(device, enabled=False):  # float32 products inside a recipe are meant to be that
+            y = self.recipe.multiply(x.to(dtype), self.kind, self.parts, self._bias(dtype))
+        return y if autocast else y.to(x.dtype)
+
+    def forward_with_lora(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        """`forward` plus scaling * (x A^T) B^T, in one autograd function and in the same dtype.
+
+        Args:
+            x: [..., K].
+            lora_a: A [r, K].
+            lora_b: B [N, r].
+            scaling: alpha / r, or what PEFT makes of it.
+        """
+        device, dtype, autocast = self._arithmetic(x)
+        adapter = (lora_a.to(dtype), lora_b.to(dtype), scaling)
+        with torch.autocast(device, enabled=False):
+            operands = self.recipe.operands(self.kind, self.parts)
+            y = multiply_with_lora(x.to(dtype), self._bias(dtype), adapter, operands)
+        return y if autocast else y.to(x.dtype)
+
+    def _arithmetic(self, x: Tensor) -> tuple[str, torch.dtype, bool]:
+        """(device type, dtype of the products, whether autocast chose it)."""
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.compute_dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(device, enabled=False):  # float32 products inside a recipe are meant to be that
-            y = self.recipe.multiply(x.to(dtype), self.kind, self.parts, bias)
-        return y if autocast else y.to(x.dtype)
+        return device, torch.get_autocast_dtype(device) if autocast else self.compute_dtype, autocast
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
 
     def reset_parameters(self) -> None:
         """Does nothing: packed weights have no random state."""

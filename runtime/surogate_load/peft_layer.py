@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from surogate_load.errors import MergeUnsupportedError
 from surogate_load.linear import QuantizedLinear
@@ -24,7 +24,21 @@ _MERGE = (
 
 
 class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
-    """PEFT's LoRA layer over a packed base weight."""
+    """PEFT's LoRA layer over a packed base weight.
+
+    One plain adapter is multiplied together with the base, in the base's dtype; whatever else PEFT can do (several
+    adapters at once, DoRA, dropout, batches of mixed adapters) goes PEFT's own way.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., K] to [..., N]."""
+        adapter = None if args or kwargs else self._plain_adapter()
+        if adapter is None:
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        lora_a, lora_b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        fused: Tensor = self.base_layer.forward_with_lora(x, lora_a, lora_b, self.scaling[adapter])
+        return fused
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Makes an adapter as PEFT does, then has the recipe choose its linears."""
@@ -44,10 +58,30 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
         """Raises `MergeUnsupportedError`."""
         raise MergeUnsupportedError(_MERGE)
 
+    def _plain_adapter(self) -> str | None:
+        """The one active adapter, if all there is to do is to add its product."""
+        if self.disable_adapters or self.merged or type(self.base_layer) is not QuantizedLinear:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or active[0] in self.lora_variant:
+            return None
+        name = active[0]
+        dropout, lora_a, lora_b = self.lora_dropout[name], self.lora_A[name], self.lora_B[name]
+        if isinstance(dropout, nn.Dropout) and dropout.p and dropout.training:
+            return None
+        plain = all(type(linear) is nn.Linear and linear.bias is None for linear in (lora_a, lora_b))
+        return name if plain and not any(map(_has_hooks, (self.base_layer, dropout, lora_a, lora_b))) else None
+
     def _adopt(self, adapter_name: str) -> None:
         recipe = self.get_base_layer().recipe
         for adapters in (self.lora_A, self.lora_B):
             adapters[adapter_name] = recipe.adapter_linear(_plain(adapters[adapter_name]))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its `forward`."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _plain(linear: nn.Linear) -> nn.Linear:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,14 @@ SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 """The fixed signs s; those of NVIDIA's Transformer Engine."""
 
 
+@cache
+def _signs(device: torch.device) -> Tensor:
+    return torch.tensor(SIGNS, dtype=torch.float32, device=device)
+
+
 def hadamard16(x: Tensor) -> Tensor:
     """Transforms groups of 16 along the last axis (a multiple of 16), in float32; butterflies of width 1, 2, 4, 8."""
-    signs = torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
-    rotated = x.float().reshape(-1, WIDTH) * signs
+    rotated = x.float().reshape(-1, WIDTH) * _signs(x.device)
     for width in (1, 2, 4, 8):
         pairs = rotated.reshape(-1, WIDTH // (2 * width), 2, width)
         a, b = pairs[:, :, 0], pairs[:, :, 1]

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from surogate_formats.recipe import Recipe
-from surogate_load.recipes.layer import PackedWeight, RecipeLayer, bias_gradient
+from surogate_load.recipes.layer import PackedWeight, RecipeLayer
 from surogate_load.recipes.notes import Notes
+from surogate_load.recipes.product import Operands
 from surogate_load.weight import WeightKind
 
 
-class DequantizedLinear(torch.autograd.Function):
-    """x W^T + bias with W dequantized to the dtype of x. Saves the packed parts only."""
+@dataclass(frozen=True)
+class _DequantizedProduct:
+    """Products with W dequantized to the dtype of the other factor."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, kind: WeightKind, *parts: Tensor) -> Tensor:
-        """[..., K] to [..., N]."""
-        ctx.kind = kind
-        ctx.save_for_backward(*parts)
-        return torch.nn.functional.linear(x, kind.dequantize(parts, x.dtype), bias)
+    kind: WeightKind
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """Gives dx = dy W; no gradient of W is ever formed."""
-        parts = ctx.saved_tensors
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = gradient @ ctx.kind.dequantize_for_backward(gradient, parts, gradient.dtype)
-        return dx, bias_gradient(gradient, ctx.needs_input_grad[1]), None, *(None for _ in parts)
+    def forward(self, x: Tensor, bias: Tensor | None, state: None, parts: Sequence[Tensor]) -> Tensor:
+        return torch.nn.functional.linear(x, self.kind.dequantize(parts, x.dtype), bias)
+
+    def input_gradient(self, gradient: Tensor, state: None, parts: Sequence[Tensor]) -> Tensor:
+        return gradient @ self.kind.dequantize_for_backward(gradient, parts, gradient.dtype)
 
 
 class Bf16(RecipeLayer):
@@ -42,7 +36,6 @@ class Bf16(RecipeLayer):
         """Nothing depends on the weight or the switches."""
         return cls()
 
-    def multiply(self, x: Tensor, kind: WeightKind, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """See `RecipeLayer.multiply`."""
-        y: Tensor = DequantizedLinear.apply(x, bias, kind, *parts)  # type: ignore[no-untyped-call]
-        return y
+    def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
+        """See `RecipeLayer.operands`."""
+        return Operands(_DequantizedProduct(kind), None, parts)

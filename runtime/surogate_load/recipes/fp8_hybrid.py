@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,57 +15,56 @@ from torch import Tensor
 from surogate_formats.recipe import Recipe
 from surogate_load.recipes.delayed import DelayedScale
 from surogate_load.recipes.fp8_weight import E4M3, E4m3Source, Factors
-from surogate_load.recipes.layer import PackedWeight, RecipeLayer, bias_gradient
+from surogate_load.recipes.layer import PackedWeight, RecipeLayer
 from surogate_load.recipes.notes import Notes
+from surogate_load.recipes.product import Operands
 from surogate_load.weight import WeightKind
 
 E5M2 = torch.float8_e5m2
 
 
+class _State(NamedTuple):
+    """(scale, current) of x and of dy, and what surrounds the weight's E4M3 matrix."""
+
+    input: tuple[Tensor, Tensor]
+    gradient: tuple[Tensor, Tensor]
+    factors: Factors
+
+
 @dataclass(frozen=True)
-class _Call:
-    """The static arguments of one product."""
+class _Fp8Product:
+    """Products with x in E4M3, dy in E5M2 and W in E4M3; each records the amax of what it quantizes.
+
+    Attributes:
+        kind: of the weight's E4M3 matrix.
+        dtype: in which that is dequantized.
+        margin: of the recipe.
+        record: whether this is part of a training step.
+    """
 
     kind: WeightKind
     dtype: torch.dtype
     margin: int
     record: bool
 
-
-States = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class Fp8Linear(torch.autograd.Function):
-    """x W^T + bias with x in E4M3 and dy in E5M2. Saves the packed parts only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, call: _Call, states: States, factors: Factors, *parts: Tensor
-    ) -> Tensor:
-        """[..., K] to [..., N]; records the amax of x where `call.record`."""
-        ctx.call, ctx.state, ctx.factors = call, states[1], factors
-        ctx.save_for_backward(*parts)
-        codes, decode = torch.ops.surogate.quantize_fp8(x, None, *states[0], call.record, call.margin, E4M3)
-        matrix = call.kind.dequantize(parts, call.dtype, factors.multiplier)
+    def forward(self, x: Tensor, bias: Tensor | None, state: _State, parts: Sequence[Tensor]) -> Tensor:
+        factors = state.factors
+        codes, decode = torch.ops.surogate.quantize_fp8(x, None, *state.input, self.record, self.margin, E4M3)
+        matrix = self.kind.dequantize(parts, self.dtype, factors.multiplier)
         y = codes.float() @ matrix.float().t() * _product(decode, factors.whole)
         if factors.rows is not None:
             y = y * factors.rows
         result: Tensor = (y if bias is None else y + bias.float()).to(x.dtype)
         return result
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """Gives dx = dy W; records the amax of what is quantized."""
-        call, factors, parts = ctx.call, ctx.factors, ctx.saved_tensors
-        dx = None
-        if ctx.needs_input_grad[0]:
-            codes, decode = torch.ops.surogate.quantize_fp8(
-                gradient, factors.rows, *ctx.state, call.record, call.margin, E5M2
-            )
-            matrix = call.kind.dequantize_for_backward(gradient, parts, call.dtype, factors.multiplier)
-            dx = (codes.float() @ matrix.float() * _product(decode, factors.whole)).to(gradient.dtype)
-        bias = bias_gradient(gradient, ctx.needs_input_grad[1])
-        return dx, bias, None, None, None, *(None for _ in parts)
+    def input_gradient(self, gradient: Tensor, state: _State, parts: Sequence[Tensor]) -> Tensor:
+        factors = state.factors
+        codes, decode = torch.ops.surogate.quantize_fp8(
+            gradient, factors.rows, *state.gradient, self.record, self.margin, E5M2
+        )
+        matrix = self.kind.dequantize_for_backward(gradient, parts, self.dtype, factors.multiplier)
+        dx: Tensor = (codes.float() @ matrix.float() * _product(decode, factors.whole)).to(gradient.dtype)
+        return dx
 
 
 def _product(decode: Tensor, whole: Tensor | None) -> Tensor:
@@ -94,13 +93,11 @@ class Fp8Hybrid(RecipeLayer):
         """Every weight can be multiplied so; there is nothing to say."""
         return cls(weight, recipe)
 
-    def multiply(self, x: Tensor, kind: WeightKind, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """See `RecipeLayer.multiply`. Records amax only where a training step is under way."""
+    def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
+        """See `RecipeLayer.operands`. Records amax only where a training step is under way."""
         record = self.training and torch.is_grad_enabled()
         if record:
             self.input.check_watched()
-        weight = self.weight.operand(kind, tuple(parts))
-        call = _Call(weight.kind, weight.dtype, self._margin, record)
-        states = (self.input.state(), self.gradient.state())
-        y: Tensor = Fp8Linear.apply(x, bias, call, states, weight.factors, *weight.parts)  # type: ignore[no-untyped-call]
-        return y
+        weight = self.weight.operand(kind, parts)
+        product = _Fp8Product(weight.kind, weight.dtype, self._margin, record)
+        return Operands(product, _State(self.input.state(), self.gradient.state(), weight.factors), weight.parts)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from surogate_load.placement import FixedDtypeModule
+from surogate_load.recipes.product import Operands, PackedLinear
 from surogate_load.weight import WeightKind
 
 
@@ -29,7 +29,16 @@ class PackedWeight:
 class RecipeLayer(FixedDtypeModule):
     """One layer's arithmetic; scaling state lives in its buffers."""
 
-    def multiply(self, x: Tensor, kind: WeightKind, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
+        """What the layer multiplies with now.
+
+        Args:
+            kind: what the parts mean.
+            parts: W [N, K], packed.
+        """
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor, kind: WeightKind, parts: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         """X W^T + bias, differentiable in x and bias.
 
         Args:
@@ -41,13 +50,10 @@ class RecipeLayer(FixedDtypeModule):
         Returns:
             [..., N] in the dtype of x.
         """
-        raise NotImplementedError
+        product, state, tensors = self.operands(kind, parts)
+        y: Tensor = PackedLinear.apply(x, bias, product, state, *tensors)  # type: ignore[no-untyped-call]
+        return y
 
     def adapter_linear(self, linear: nn.Linear) -> nn.Linear:
         """The module that multiplies with an adapter matrix: `linear` itself, or one that shares its parameters."""
         return linear
-
-
-def bias_gradient(gradient: Tensor, wanted: bool) -> Tensor | None:
-    """The sum of [..., N] over all but the last axis, if wanted."""
-    return gradient.reshape(-1, gradient.shape[-1]).sum(0) if wanted else None

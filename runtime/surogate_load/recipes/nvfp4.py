@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,60 +14,50 @@ from torch import Tensor, nn
 from surogate_formats.recipe import Recipe
 from surogate_load.recipes.fp4_operand import ActivationRounding, rounded_activation, rounded_gradient
 from surogate_load.recipes.fp4_weight import Fp4Operand, Fp4Weights, make_weights
-from surogate_load.recipes.layer import PackedWeight, RecipeLayer, bias_gradient
+from surogate_load.recipes.layer import PackedWeight, RecipeLayer
 from surogate_load.recipes.noise import Noise
 from surogate_load.recipes.notes import Notes
+from surogate_load.recipes.product import Operands
 from surogate_load.recipes.token_gradient import AdapterLinear, TokenRounding
 from surogate_load.weight import WeightKind
 
+_Noise = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
-class _Call:
-    """The static arguments of one product."""
+class _Fp4Product:
+    """Products with x, dy and W in NVFP4; the state is (seed, offset) of the noise.
 
-    forward: Fp4Operand
-    backward: Fp4Operand
+    `parts` are those of the forward operand, then those of the backward's, if others.
+    """
+
+    forward_operand: Fp4Operand
+    backward_operand: Fp4Operand
     activation: ActivationRounding
     stochastic: bool
 
-
-class Fp4Linear(torch.autograd.Function):
-    """x W^T + bias with x, dy and W in NVFP4. Saves the packed parts only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, call: _Call, noise: tuple[Tensor, Tensor], *parts: Tensor
-    ) -> Tensor:
-        """[..., K] to [..., N]; `parts` are those of the forward operand, then those of the backward, if others."""
-        count = len(call.forward.kind.specs)
-        ctx.call, ctx.noise, ctx.count = call, noise, len(parts)
-        ctx.save_for_backward(*(parts[count:] or parts))
-        operand = call.forward
+    def forward(self, x: Tensor, bias: Tensor | None, state: _Noise, parts: Sequence[Tensor]) -> Tensor:
+        operand = self.forward_operand
+        parts = parts[: self._forward_parts()]
         if not operand.fp4:
-            return torch.nn.functional.linear(x, operand.kind.dequantize(parts[:count], x.dtype), bias)
-        weight = operand.kind.dequantize(parts[:count], torch.float32)
-        y = rounded_activation(x.reshape(-1, x.shape[-1]), call.activation) @ weight.t()
+            return torch.nn.functional.linear(x, operand.kind.dequantize(parts, x.dtype), bias)
+        weight = operand.kind.dequantize(parts, torch.float32)
+        y = rounded_activation(x.reshape(-1, x.shape[-1]), self.activation) @ weight.t()
         y = (y if bias is None else y + bias.float()).to(x.dtype)
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """Gives dx = dy W."""
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _input_gradient(gradient, ctx.call, ctx.noise, ctx.saved_tensors)
-        bias = bias_gradient(gradient, ctx.needs_input_grad[1])
-        return dx, bias, None, None, *(None for _ in range(ctx.count))
+    def input_gradient(self, gradient: Tensor, state: _Noise, parts: Sequence[Tensor]) -> Tensor:
+        operand = self.backward_operand
+        parts = parts[self._forward_parts() :] or parts
+        if not operand.fp4:
+            return gradient @ operand.kind.dequantize_for_backward(gradient, parts, gradient.dtype)
+        weight = operand.kind.dequantize_for_backward(gradient, parts, torch.float32)
+        weight = weight.t() if operand.transposed else weight
+        dy = rounded_gradient(gradient.reshape(-1, gradient.shape[-1]), self.stochastic, state)
+        return (dy @ weight).to(gradient.dtype).reshape(*gradient.shape[:-1], weight.shape[1])
 
-
-def _input_gradient(gradient: Tensor, call: _Call, noise: tuple[Tensor, Tensor], parts: Sequence[Tensor]) -> Tensor:
-    operand = call.backward
-    if not operand.fp4:
-        return gradient @ operand.kind.dequantize_for_backward(gradient, parts, gradient.dtype)
-    weight = operand.kind.dequantize_for_backward(gradient, parts, torch.float32)
-    weight = weight.t() if operand.transposed else weight
-    dy = rounded_gradient(gradient.reshape(-1, gradient.shape[-1]), call.stochastic, noise)
-    return (dy @ weight).to(gradient.dtype).reshape(*gradient.shape[:-1], weight.shape[1])
+    def _forward_parts(self) -> int:
+        return len(self.forward_operand.kind.specs)
 
 
 class Nvfp4(RecipeLayer):
@@ -95,12 +84,11 @@ class Nvfp4(RecipeLayer):
         """Quantizes the weight, or its transpose, where the artifact's codes can't be multiplied as they stand."""
         return cls(make_weights(weight, recipe, notes), recipe, weight.name)
 
-    def multiply(self, x: Tensor, kind: WeightKind, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """See `RecipeLayer.multiply`."""
-        forward, backward, tensors = self.weights.operands(tuple(parts))
-        call = _Call(forward, backward, self._activation, self._stochastic)
-        y: Tensor = Fp4Linear.apply(x, bias, call, self.noise.state(), *tensors)  # type: ignore[no-untyped-call]
-        return y
+    def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
+        """See `RecipeLayer.operands`."""
+        forward, backward, tensors = self.weights.operands(parts)
+        product = _Fp4Product(forward, backward, self._activation, self._stochastic)
+        return Operands(product, self.noise.state(), tensors)
 
     def adapter_linear(self, linear: nn.Linear) -> nn.Linear:
         """A linear whose weight gradient contracts over tokens in FP4."""

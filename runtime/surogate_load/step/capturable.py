@@ -1,0 +1,43 @@
+"""What a CUDA graph of a micro-step can't hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def why_eager(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
+    """Why a batch can't be captured; None if it can."""
+    parameter = next(model.parameters())
+    shared = isinstance(model, DistributedDataParallel) or type(parameter.data).__name__ == "DTensor"
+    obstacles = {
+        f"the model is on {parameter.device}, CUDA graphs are not": parameter.device.type != "cuda",
+        "the model is shared by several processes": shared,
+        "a mask or position_ids, whose meaning must be read on the host": _has(batch, "attention_mask", "position_ids"),
+        "the model is not being trained": not (model.training and torch.is_grad_enabled()),
+        "a batch without labels": batch.get("labels") is None,
+        "a batch with more than tensors and plain values": any(map(_is_container, batch.values())),
+        "activation checkpointing, which reads the random state on the host": _checkpoints(model),
+    }
+    return next((reason for reason, there in obstacles.items() if there), None)
+
+
+def _has(batch: Mapping[str, Any], *names: str) -> bool:
+    return any(batch.get(name) is not None for name in names)
+
+
+def _is_container(value: Any) -> bool:
+    return not (value is None or isinstance(value, (Tensor, bool, int, float, str)))
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """The first name is that of newer versions of transformers, which warn at the other."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        found = getattr(model, name, None)
+        if found is not None:
+            return bool(found)
+    return False

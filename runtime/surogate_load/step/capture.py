@@ -1,0 +1,154 @@
+"""Captures one micro-step, and replays it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surogate_load.kernels import load_kernels
+from surogate_load.recipes.delayed import DelayedScale
+from surogate_load.recipes.noise import Noise
+from surogate_load.step.attention import fastest_attention
+
+_WARM_UP = 3
+"""Steps before a capture: compilers, cuBLAS and cuDNN choose and allocate in the first ones."""
+
+
+class Gradients:
+    """One buffer a trainable parameter, to which graphs add: they know addresses, not attributes.
+
+    Args:
+        model: whose trainable parameters get one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Makes the buffers; `attach` fills them."""
+        self._all = list(model.parameters())
+        self._adapters = [module for module in model.modules() if hasattr(module, "disable_adapters")]
+        self.parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self._made_for = self._identity(model)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the model still trains the same parameters, where they were, through the same adapters."""
+        return self._made_for == self._identity(model)
+
+    def attach(self) -> None:
+        """Makes the buffers the parameters' gradients, with what those hold: zeros where there is none."""
+        zero = []
+        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+            if parameter.grad is None:
+                zero.append(buffer)
+            elif parameter.grad is not buffer:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+        if zero:
+            torch._foreach_zero_(zero)
+
+    def _identity(self, model: nn.Module) -> tuple[Any, ...]:
+        active = getattr(model, "active_adapters", None)
+        return (
+            id(model),
+            [parameter.data_ptr() if parameter.requires_grad else 0 for parameter in self._all],
+            list(active) if isinstance(active, list) else [],
+            [module.disable_adapters for module in self._adapters],
+        )
+
+
+class Capture:
+    """A micro-step for batches of one shape.
+
+    Args:
+        model: as it stands now.
+        given: the batch and `gradient_scale`, on the model's device.
+        gradients: what the graph adds to.
+    """
+
+    def __init__(self, model: nn.Module, given: Mapping[str, Any], gradients: Gradients) -> None:
+        """Runs a few steps, captures one, and puts back gradients, random state and scaling state."""
+        self._gradients = gradients
+        self._inputs = {name: v.clone() if isinstance(v, Tensor) else v for name, v in given.items()}
+        self._graph = torch.cuda.CUDAGraph()
+        load_kernels(next(model.parameters()).device)
+        gradients.attach()
+        with _unchanged(model, gradients), _capturable_masks(), _no_autocast_cache(), fastest_attention():
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    self._step(model)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self._graph):
+                self._loss = self._step(model)
+
+    def _step(self, model: nn.Module) -> Tensor:
+        batch = {name: value for name, value in self._inputs.items() if name != "gradient_scale"}
+        loss: Tensor = model(**batch).loss
+        (loss * self._inputs["gradient_scale"]).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def replay(self, given: Mapping[str, Any]) -> Tensor:
+        """The loss of another batch; adds its gradients."""
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                self._inputs[name].copy_(value, non_blocking=True)
+        self._gradients.attach()
+        self._graph.replay()
+        return self._loss.clone()
+
+
+@contextmanager
+def _unchanged(model: nn.Module, gradients: Gradients) -> Iterator[None]:
+    """Puts back what steps change, and their gradients."""
+    changing = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, (DelayedScale, Noise))
+        for buffer in module.buffers(recurse=False)
+    ]
+    state = [*gradients.buffers, *changing]
+    saved = [tensor.clone() for tensor in state]
+    random = torch.cuda.get_rng_state()
+    try:
+        yield
+    finally:
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)
+        torch.cuda.set_rng_state(random)
+
+
+_WITHOUT_A_MASK = {"is_tracing": lambda *_: False, "find_packed_sequence_indices": lambda *_: None}
+"""What transformers' masking finds in a batch without mask and position_ids, which it would read on the host."""
+
+
+@contextmanager
+def _capturable_masks() -> Iterator[None]:
+    """Has transformers leave the causal mask to the attention kernel, as it does outside a capture.
+
+    Seeing a capture, some versions build the mask in full, for which there are only slow kernels.
+    """
+    from transformers import masking_utils
+
+    originals = {name: getattr(masking_utils, name) for name in _WITHOUT_A_MASK if hasattr(masking_utils, name)}
+    for name in originals:
+        setattr(masking_utils, name, _WITHOUT_A_MASK[name])
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(masking_utils, name, original)
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """A cached cast would be made outside the graph, once."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
