@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation_text import licence_windows
 from make_smollm2 import make_smollm2
 from surogate_load import load_model
-from surogate_load.evaluate import kl_and_perplexity, reference_logprobs
+from surogate_load.divergence import kl_and_perplexity, reference_logprobs
 from surogate_quantize import make_options, quantize
 from surogate_quantize.summary import RunSummary
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_text import licence_windows
 from make_smollm2 import make_smollm2
-from surogate_load.evaluate import kl_and_perplexity, reference_logprobs
+from surogate_load.divergence import kl_and_perplexity, reference_logprobs
 
 DEMO = Path(__file__).resolve().parents[1] / ".demo"
 

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from surogate_formats.errors import UsageError
+from surogate_formats.foreign_keys import UnknownKeyError, check_foreign, without_effect
 from surogate_formats.recipe import Recipe
-from surogate_formats.registry import FORMATS
+from surogate_formats.registry import FORMATS, make_format
+from surogate_formats.strict_yaml import LARGEST_FILE, TrainingConfigError, read_mapping
+from surogate_formats.yaml_values import (
+    ALL_LINEAR,
+    adapter_dtype,
+    boolean,
+    count,
+    fraction,
+    module_names,
+    one_of,
+    text,
+)
 
-LARGEST_FILE = 1 << 20
-"""Bytes; a training file is a page of text."""
-
-
-class TrainingConfigError(UsageError):
-    """A training file that can't be read, or a key of ours with a value that it can't have."""
-
-
-class UnknownKeyError(TrainingConfigError):
-    """A key that looks like one of ours and is none."""
+__all__ = [
+    "ALL_LINEAR",
+    "KEYS",
+    "LARGEST_FILE",
+    "Lora",
+    "TrainingConfig",
+    "TrainingConfigError",
+    "TwoFormatsError",
+    "UnknownKeyError",
+    "load_training_config",
+    "parameter_keys",
+]
 
 
 class TwoFormatsError(TrainingConfigError):
@@ -32,11 +43,22 @@ class TwoFormatsError(TrainingConfigError):
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapter that the training file asks for."""
+    """The adapter that the training file asks for.
+
+    Attributes:
+        enabled: whether there is one.
+        rank, alpha: its inner dimension, and alpha/rank times its product is added.
+        dropout: of its input, while training.
+        dtype: `float32` or `bfloat16`; None leaves the choice to PEFT (float32).
+        target_modules: `all-linear`, or names (or ends of names) of modules.
+    """
 
     enabled: bool = False
     rank: int = 16
     alpha: int = 32
+    dropout: float = 0.0
+    dtype: str | None = None
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
 
 
 @dataclass(frozen=True)
@@ -51,6 +73,7 @@ class TrainingConfig:
         lora: the adapter.
         skip_first_layers, skip_last_layers: decoder blocks that stay as they are.
         ignored: keys that are not ours, in the file's order.
+        without_effect: those of them that would mean something for what is loaded, and why they don't here.
     """
 
     model: str | None = None
@@ -61,40 +84,12 @@ class TrainingConfig:
     skip_first_layers: int = 0
     skip_last_layers: int = 0
     ignored: tuple[str, ...] = ()
+    without_effect: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> Mapping[str, Any]:
         """The parameters of the format that is on; none if none is."""
         return self.by_format.get(self.format_name or "", {})
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError("a whole number, not negative")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a text")
-    return value
-
-
-def _one_of(*names: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        spelled = value.lower().replace("_", "-") if isinstance(value, str) else value
-        for name in names:
-            if spelled == name.replace("_", "-"):
-                return name
-        raise ValueError(f"one of {', '.join(names)}")
-
-    return parse
 
 
 @dataclass(frozen=True)
@@ -106,59 +101,40 @@ class _Key:
     negate: bool = False
 
 
-_METRIC = _Key(_one_of("mse", "l1", "absmax"), ("recipe.four_over_six_metric", "fp4.metric"))
-_BACKEND = _Key(_one_of("cutlass", "cudnn"), ("recipe.backend",))
-_HISTORY = _Key(_count, ("recipe.amax_history_len",))
+_METRIC = _Key(one_of("mse", "l1", "absmax"), ("recipe.four_over_six_metric", "fp4.metric"))
+_BACKEND = _Key(one_of("cutlass", "cudnn"), ("recipe.backend",))
+_HISTORY = _Key(count, ("recipe.amax_history_len",))
 
 KEYS: dict[str, _Key] = {
-    "model": _Key(_text, ("model",)),
-    "recipe": _Key(_one_of("bf16", "fp8-hybrid", "nvfp4"), ("recipe.name",)),
-    "lora": _Key(_boolean, ("lora.enabled",)),
-    "lora_rank": _Key(_count, ("lora.rank",)),
-    "lora_alpha": _Key(_count, ("lora.alpha",)),
-    "skip_quant_first_layers": _Key(_count, ("skip_first_layers",)),
-    "skip_quant_last_layers": _Key(_count, ("skip_last_layers",)),
-    "qlora_fp8": _Key(_boolean, ("format.fp8",)),
-    "qlora_fp4": _Key(_boolean, ("format.fp4",)),
-    "qlora_bnb": _Key(_boolean, ("format.nf4",)),
-    "margin": _Key(_count, ("recipe.margin",)),
+    "model": _Key(text, ("model",)),
+    "recipe": _Key(one_of("bf16", "fp8-hybrid", "nvfp4"), ("recipe.name",)),
+    "lora": _Key(boolean, ("lora.enabled",)),
+    "lora_rank": _Key(count, ("lora.rank",)),
+    "lora_alpha": _Key(count, ("lora.alpha",)),
+    "lora_dropout": _Key(fraction, ("lora.dropout",)),
+    "lora_dtype": _Key(adapter_dtype, ("lora.dtype",)),
+    "lora_target_modules": _Key(module_names, ("lora.target_modules",)),
+    "skip_quant_first_layers": _Key(count, ("skip_first_layers",)),
+    "skip_quant_last_layers": _Key(count, ("skip_last_layers",)),
+    "qlora_fp8": _Key(boolean, ("format.fp8",)),
+    "qlora_fp4": _Key(boolean, ("format.fp4",)),
+    "qlora_bnb": _Key(boolean, ("format.nf4",)),
+    "margin": _Key(count, ("recipe.margin",)),
     "amax_history_len": _HISTORY,
     "fp8_amax_history": _HISTORY,
-    "amax_compute_algo": _Key(_one_of("max", "most_recent"), ("recipe.amax_compute_algo",)),
-    "reduce_amax": _Key(_boolean, ("recipe.reduce_amax",)),
-    "disable_rht": _Key(_boolean, ("recipe.disable_rht",)),
-    "disable_stochastic_rounding": _Key(_boolean, ("recipe.disable_stochastic_rounding",)),
-    "disable_2d_quantization": _Key(_boolean, ("recipe.disable_2d_quantization", "fp4.two_d"), negate=True),
+    "amax_compute_algo": _Key(one_of("max", "most_recent"), ("recipe.amax_compute_algo",)),
+    "reduce_amax": _Key(boolean, ("recipe.reduce_amax",)),
+    "disable_rht": _Key(boolean, ("recipe.disable_rht",)),
+    "disable_stochastic_rounding": _Key(boolean, ("recipe.disable_stochastic_rounding",)),
+    "disable_2d_quantization": _Key(boolean, ("recipe.disable_2d_quantization", "fp4.two_d"), negate=True),
     "backend": _BACKEND,
     "fp4_backend": _BACKEND,
-    "enable_four_over_six": _Key(_boolean, ("recipe.four_over_six", "fp4.four_over_six")),
+    "enable_four_over_six": _Key(boolean, ("recipe.four_over_six", "fp4.four_over_six")),
     "four_over_six_metric": _METRIC,
-    "qlora_bnb_block_size": _Key(_count, ("nf4.block_size",)),
-    "qlora_bnb_double_quant": _Key(_boolean, ("nf4.double_quant",)),
+    "qlora_bnb_block_size": _Key(count, ("nf4.block_size",)),
+    "qlora_bnb_double_quant": _Key(boolean, ("nf4.double_quant",)),
 }
-"""Every key of the specification, and Surogate's spellings of two of them."""
-
-_OURS = ("qlora_", "fp8_", "fp4_", "skip_quant_", "amax_")
-"""A key that starts so and is not in `KEYS` would change what is quantized: it is never passed over."""
-
-_LOOKALIKES = frozenset({"local_rank", "mode"})
-"""Keys of real trainers that are as near to one of ours as a misspelling."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain data only: no anchors (a page of them can expand to gigabytes) and no key twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("anchors are not supported")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} stands twice")
-        return super().construct_mapping(node, deep=deep)
+"""Every key of the specification, Surogate's spellings of two of them, and its other keys of the adapter."""
 
 
 def load_training_config(path: str | Path, *, strict: bool = False) -> TrainingConfig:
@@ -173,41 +149,17 @@ def load_training_config(path: str | Path, *, strict: bool = False) -> TrainingC
         UnknownKeyError: a misspelled key; the message suggests the nearest one.
         TwoFormatsError: two formats at once.
     """
-    data = _read(Path(path))
+    data = read_mapping(Path(path))
     ignored = [key for key in data if key not in KEYS]
     for key in ignored:
-        _check_foreign(Path(path), key, strict)
+        check_foreign(Path(path), key, data[key], KEYS, strict)
     values: dict[str, dict[str, Any]] = {}
     for key, value in data.items():
         if key in KEYS and value is not None:
             _assign(values, Path(path), key, value)
-    return _build(Path(path), values, tuple(map(str, ignored)))
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise TrainingConfigError(f"{path}: larger than {LARGEST_FILE} bytes; this is no training file")
-        data = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        raise TrainingConfigError(f"{path}: can't be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise TrainingConfigError(f"{path}: no YAML that we read ({reason})") from error
-    if not isinstance(data, dict):
-        raise TrainingConfigError(f"{path}: not a mapping of keys to values")
-    return data
-
-
-def _check_foreign(path: Path, key: Any, strict: bool) -> None:
-    name = str(key)
-    near = difflib.get_close_matches(name.lower(), KEYS, n=1, cutoff=0.84) if name not in _LOOKALIKES else []
-    if not near and name.startswith(_OURS):
-        near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0)
-    if near:
-        raise UnknownKeyError(f"{path}: unknown key {name!r}; did you mean {near[0]!r}?")
-    if strict:
-        raise UnknownKeyError(f"{path}: {name!r} is not a key of ours; leave out --strict to pass over such keys")
+    return replace(
+        _build(Path(path), values), ignored=tuple(map(str, ignored)), without_effect=without_effect(data, KEYS)
+    )
 
 
 def _assign(values: dict[str, dict[str, Any]], path: Path, key: str, value: Any) -> None:
@@ -225,7 +177,7 @@ def _assign(values: dict[str, dict[str, Any]], path: Path, key: str, value: Any)
         place[name] = not parsed if inverted else parsed
 
 
-def _build(path: Path, values: dict[str, dict[str, Any]], ignored: tuple[str, ...]) -> TrainingConfig:
+def _build(path: Path, values: dict[str, dict[str, Any]]) -> TrainingConfig:
     formats = [name for name, on in values.get("format", {}).items() if on]
     if len(formats) > 1:
         raise TwoFormatsError(f"{path}: {' and '.join(formats)} are both on; leave one")
@@ -236,11 +188,26 @@ def _build(path: Path, values: dict[str, dict[str, Any]], ignored: tuple[str, ..
     lora = Lora(**values.get("lora", {}))
     if lora.rank < 1:
         raise TrainingConfigError(f"{path}: lora_rank is {lora.rank}; it must be at least 1")
+    try:
+        recipe = Recipe(**values.get("recipe", {}))
+        for name, parameters in by_format.items():
+            make_format(name, parameters)
+    except UsageError as error:
+        raise TrainingConfigError(f"{path}: {error}") from error
     return TrainingConfig(
         format_name=formats[0] if formats else None,
         by_format=by_format,
-        recipe=Recipe(**values.get("recipe", {})),
+        recipe=recipe,
         lora=lora,
-        ignored=ignored,
         **values.get("", {}),
     )
+
+
+def parameter_keys(format_name: str) -> dict[str, str]:
+    """The parameters of a format that a training file can set, each with its key."""
+    return {
+        target.partition(".")[2]: key
+        for key, entry in KEYS.items()
+        for target in entry.targets
+        if target.partition(".")[0] == format_name
+    }

@@ -12,20 +12,24 @@ from typing import TYPE_CHECKING, Any
 from surogate_load.import_hooks import when_imported
 
 if TYPE_CHECKING:
-    from surogate_load.artifact import open_artifact
+    from surogate_load.artifact_weights import open_artifact
     from surogate_load.linear import QuantizedLinear
     from surogate_load.loading import load_model
-    from surogate_load.train_config import from_config
-    from surogate_load.training import set_recipe
+    from surogate_load.model_recipe import set_recipe
+    from surogate_load.recipes.delayed import end_step
+    from surogate_load.yaml_config import from_config
 
-__all__ = ["QuantizedLinear", "from_config", "load_model", "open_artifact", "set_recipe"]
+__all__ = ["QuantizedLinear", "end_step", "from_config", "load_model", "open_artifact", "set_recipe"]
 
 _HOMES = {
+    "MicroStep": "step.micro_step",
+    "captured": "step.trainer",
     "QuantizedLinear": "linear",
-    "from_config": "train_config",
+    "end_step": "recipes.delayed",
+    "from_config": "yaml_config",
     "load_model": "loading",
-    "open_artifact": "artifact",
-    "set_recipe": "training",
+    "open_artifact": "artifact_weights",
+    "set_recipe": "model_recipe",
 }
 
 

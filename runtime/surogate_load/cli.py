@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -40,15 +40,23 @@ def main() -> None:
 
 @main.command()
 @click.argument("artifact")
+@click.option("--modules", is_flag=True, help="List every quantized module: name, shape, bits per weight, error.")
 @click.option("--json", "json_mode", is_flag=True, help="Print the result as JSON.")
 @known_errors
-def inspect(artifact: str, json_mode: bool) -> None:
+def inspect(artifact: str, modules: bool, json_mode: bool) -> None:
     """What ARTIFACT holds: format, sizes, what was kept and why, and who can load it."""
-    from surogate_formats.artifact import Artifact
-    from surogate_load.inspection import describe
+    from surogate_load.inspection import describe, describe_modules, lines, module_lines
+    from surogate_load.local import open_local
 
-    with Artifact.open(artifact) as opened:
-        _print(describe(opened), json_mode)
+    with open_local(artifact) as opened:
+        found = describe(opened)
+        listed = describe_modules(opened) if modules else {}
+    if json_mode:
+        click.echo(json.dumps({**found, "modules": listed} if modules else found, indent=2))
+    elif modules:
+        click.echo("\n".join(module_lines(listed)))
+    else:
+        _print(lines(found))
 
 
 @main.command()
@@ -56,9 +64,9 @@ def inspect(artifact: str, json_mode: bool) -> None:
 @known_errors
 def verify(artifact: str) -> None:
     """Read every tensor of ARTIFACT and compare its SHA-256 with the manifest's."""
-    from surogate_formats.artifact import Artifact
+    from surogate_load.local import open_local
 
-    with Artifact.open(artifact) as opened:
+    with open_local(artifact) as opened:
         click.echo(f"{artifact}: {opened.verify()} tensors are as they were written")
 
 
@@ -76,23 +84,17 @@ def evaluate(artifact: str, against: str, text: str, context: int, windows: int,
     from surogate_load.evaluation import evaluate_artifact
 
     found = evaluate_artifact(artifact, against, text, context=context, count=windows, device=device)
-    _print(
-        {
-            "tokens": found.tokens,
-            "mean KL (nats)": round(found.mean_kl, 6),
-            "perplexity": round(found.perplexity, 4),
-            "perplexity of the dense model": round(found.reference_perplexity, 4),
-        },
-        json_mode,
-    )
+    rows = {
+        "tokens": found.tokens,
+        "mean KL (nats)": round(found.mean_kl, 6),
+        "perplexity": round(found.perplexity, 4),
+        "perplexity of the dense model": round(found.reference_perplexity, 4),
+    }
+    click.echo(json.dumps(rows, indent=2)) if json_mode else _print(rows)
 
 
-def _print(rows: dict[str, Any], json_mode: bool) -> None:
-    if json_mode:
-        click.echo(json.dumps(rows, indent=2))
-        return
+def _print(rows: Mapping[str, Any]) -> None:
     width = max(map(len, rows))
     for key, value in rows.items():
-        values = value if isinstance(value, list) else [value]
-        for index, line in enumerate(values):
+        for index, line in enumerate(value if isinstance(value, list) else [value]):
             click.echo(f"{key if index == 0 else '':{width}}  {line}")

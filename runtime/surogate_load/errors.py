@@ -55,3 +55,19 @@ class QuantizerFailedError(SurogateError):
 
 class SourceMissingError(UsageError):
     """A YAML file names no model, and none was given."""
+
+
+class NotDownloadedError(UsageError):
+    """A path names no directory, but could name a repository on the Hub."""
+
+
+class DifferentArtifactError(UsageError):
+    """A YAML file names a packed artifact as its model, and asks for another format, other parameters or layers."""
+
+
+class UnrecordedSaveError(ArtifactError):
+    """A packed model was saved in a way that no manifest can be written for."""
+
+
+class NoLayersError(UsageError):
+    """Decoder layers are to be compiled, and the model has none that transformers names."""

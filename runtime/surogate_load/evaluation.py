@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from surogate_formats.errors import UsageError
-from surogate_load.evaluate import Evaluation, evaluate, windows
-from surogate_load.loading import load_model, model_class, need_transformers, one_line
+from surogate_load.architecture import model_class, need_transformers, one_line
+from surogate_load.divergence import Evaluation, evaluate, windows
+from surogate_load.loading import load_model
 
 
 class UnreadableTextError(UsageError):

@@ -5,23 +5,23 @@ Packed tensors are parameters under their names on disk, so transformers fills t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from surogate_formats.checkpoint import TensorInfo, read_header
-from surogate_formats.format import Format, TensorSpec
+from surogate_formats.checkpoint import TensorInfo
+from surogate_formats.format import TensorSpec
 from surogate_formats.layouts import Layout, layout_of_config, stored_tensors
-from surogate_load.errors import MismatchedModelError, PackedExpertsError, UnsupportedModuleError
+from surogate_load.errors import MismatchedModelError, UnsupportedModuleError
 from surogate_load.linear import QuantizedLinear
+from surogate_load.packed_names import packed_modules, read_infos
+from surogate_load.saving import Origin, record_saves
+from surogate_load.transformers_readers import watch_readers
 from surogate_load.weight import WeightKind
 
 METHOD = "surogate"
@@ -62,6 +62,7 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         self.layout: Layout = layout_of_config(quantization_config.stored_as)
         self.format, _ = self.layout.parse_config(quantization_config.stored_as)
         self._packed: set[str] = set()
+        self.origin: Origin | None = None
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the packed tensors as they are."""
@@ -94,9 +95,10 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         return {name: tensor for name, tensor in tensors.items() if owner[name] not in states}, {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        infos = _read_infos(kwargs["checkpoint_files"])
+        infos = read_infos(kwargs["checkpoint_files"])
+        _, companion, *_ = self.layout.suffixes[self.format.name].values()
         dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]
-        for stored, module in _quantized_modules(model, infos, self.format, self.layout):
+        for stored, module in packed_modules(model, infos, companion):
             layer = self._replacement(model, module, dtype)
             self._check_stored(stored, layer, infos)
             parent, _, child = module.rpartition(".")
@@ -106,6 +108,8 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
             raise MismatchedModelError(
                 f"config.json declares {self.format.name} weights, but the files hold none; quantize again"
             )
+        self.origin = Origin.read(kwargs["checkpoint_files"][0], self._packed)
+        record_saves()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for module in model.modules():
@@ -134,37 +138,8 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise MismatchedModelError(f"{tensor.name} {has}, the model needs {needs}; quantize again")
 
 
-def _read_infos(files: Sequence[str]) -> dict[str, TensorInfo]:
-    return {name: info for file in files for name, info in read_header(Path(file)).tensors.items()}
-
-
-def _quantized_modules(
-    model: nn.Module, infos: dict[str, TensorInfo], fmt: Format, layout: Layout
-) -> Iterator[tuple[str, str]]:
-    """(name on disk, name in the model) of every module with packed tensors: transformers renames some as it loads."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    _, companion, *_ = layout.suffixes[fmt.name].values()
-    for name in infos:
-        stored, _, suffix = name.rpartition(".")
-        if suffix != companion:
-            continue
-        weight, merged = rename_source_key(
-            f"{stored}.weight", renamings, converters, getattr(model, "base_model_prefix", None), state
-        )
-        if merged is not None:
-            raise PackedExpertsError(
-                f"{stored} is quantized, but transformers merges it into {weight}: quantized experts "
-                "can't be trained here; quantize again with --skip for them"
-            )
-        if weight not in state:
-            raise MismatchedModelError(f"the files hold {stored}, which the model hasn't: is config.json its own?")
-        yield stored, weight.removesuffix(".weight")
-
-
 def register() -> None:
-    """Tells transformers about the quant_method `surogate`."""
+    """Tells transformers about the quant_method `surogate`, and watches how it reads the others."""
     register_quantization_config(METHOD)(SurogateQuantizationConfig)
     register_quantizer(METHOD)(SurogateQuantizer)
+    watch_readers(METHOD)

@@ -1,4 +1,4 @@
-"""An artifact described for people and programs, from its manifest and headers; no tensor is read."""
+"""An artifact described for programs (numbers) and people (lines), from its manifest and headers; no tensor is read."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from typing import Any
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.format import to_dict
+from surogate_formats.manifest import TensorRecord
 from surogate_load.readers import readers
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
-    """What `surogate-load inspect` prints, by title."""
+    """What `surogate-load inspect --json` prints: sizes in bytes, counts and errors as numbers."""
     manifest = artifact.manifest
-    records = manifest.tensors.values()
+    records = list(manifest.tensors.values())
     packed = [record for record in records if record.decision == "quantize"]
-    kept = Counter(record.reason for record in records if record.decision == "keep")
-    values = sum(prod(record.shape) for record in records)
-    quantized = sum(prod(record.shape) for record in packed)
+    values, quantized = (sum(prod(record.shape) for record in of) for of in (records, packed))
     nbytes = sum(entry.info.nbytes for entry in artifact.checkpoint.tensors.values())
-    bits = sum(record.bits_per_weight * prod(record.shape) for record in packed) / max(quantized, 1)
+    bits = sum(record.bits_per_weight * prod(record.shape) for record in packed)
     parameters = to_dict(artifact.format)
+    errors = [record.relative_error for record in packed if record.relative_error is not None]
     return {
         "format": parameters.pop("name"),
-        "parameters": ", ".join(f"{key} {value}" for key, value in parameters.items()),
+        "parameters": parameters,
         "layout": artifact.layout.name,
-        "made by": f"surogate-quant {manifest.tool_version} from {manifest.source}",
+        "tool_version": manifest.tool_version,
+        "source": manifest.source,
         "recipe": artifact.recipe.name,
-        "quantized": f"{len(packed)} weights, {quantized / max(values, 1):.1%} of {values / 1e6:.1f} M parameters",
-        "bits per weight": f"{bits:.3f} quantized, {8 * nbytes / max(values, 1):.3f} over the model",
-        "size": f"{nbytes / 1e6:.1f} MB in {len(artifact.checkpoint.files)} files",
-        "relative error": _error_range([record.relative_error for record in packed]),
-        "kept": [f"{count} {reason}" for reason, count in kept.most_common()] or ["nothing"],
-        "loads in": readers(
+        "quantized_weights": len(packed),
+        "quantized_parameters": quantized,
+        "parameters_in_all": values,
+        "bits_per_quantized_weight": bits / max(quantized, 1),
+        "bits_per_parameter": 8 * nbytes / max(values, 1),
+        "bytes": nbytes,
+        "files": len(artifact.checkpoint.files),
+        "relative_error": {"least": min(errors), "largest": max(errors)} if errors else None,
+        "kept": dict(Counter(record.reason for record in records if record.decision == "keep").most_common()),
+        "loads_in": readers(
             artifact.format,
             artifact.layout.name,
             experts=any("experts" in module.split(".") for module in artifact.modules),
@@ -42,6 +47,45 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _error_range(errors: list[float | None]) -> str:
-    known = [error for error in errors if error is not None]
-    return f"{min(known):.4f} to {max(known):.4f} by weight" if known else "not recorded"
+def describe_modules(artifact: Artifact) -> dict[str, dict[str, Any]]:
+    """Every quantized module by full name, in the manifest's order: what `open_artifact` gives weights by."""
+    return {name: _module(artifact.manifest.tensors[f"{name}.weight"]) for name in artifact.modules}
+
+
+def _module(record: TensorRecord) -> dict[str, Any]:
+    return {
+        "shape": list(record.shape),
+        "bits_per_weight": record.bits_per_weight,
+        "relative_error": record.relative_error,
+    }
+
+
+def lines(found: dict[str, Any]) -> dict[str, str | list[str]]:
+    """What `describe` found, in words by title."""
+    share = found["quantized_parameters"] / max(found["parameters_in_all"], 1)
+    error = found["relative_error"]
+    return {
+        "format": found["format"],
+        "parameters": ", ".join(f"{key} {value}" for key, value in found["parameters"].items()),
+        "layout": found["layout"],
+        "made by": f"surogate-quant {found['tool_version']} from {found['source']}",
+        "recipe": found["recipe"],
+        "quantized": f"{found['quantized_weights']} weights, {share:.1%} of "
+        f"{found['parameters_in_all'] / 1e6:.1f} M parameters (--modules lists them)",
+        "bits per weight": f"{found['bits_per_quantized_weight']:.3f} quantized, "
+        f"{found['bits_per_parameter']:.3f} over the model",
+        "size": f"{found['bytes'] / 1e6:.1f} MB in {found['files']} files",
+        "relative error": f"{error['least']:.4f} to {error['largest']:.4f} by weight" if error else "not recorded",
+        "kept": [f"{count} {reason}" for reason, count in found["kept"].items()] or ["nothing"],
+        "loads in": [f"{reader}: {remark}" if remark else reader for reader, remark in found["loads_in"].items()],
+    }
+
+
+def module_lines(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What `describe_modules` found, a line each: name, shape, bits per weight, relative error."""
+    width = max(map(len, found), default=0)
+    return [
+        f"{name:{width}}  {'x'.join(map(str, entry['shape'])):>13}  {entry['bits_per_weight']:.3f} bits"
+        + ("" if entry["relative_error"] is None else f"  error {entry['relative_error']:.4f}")
+        for name, entry in found.items()
+    ]

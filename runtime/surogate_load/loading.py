@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +13,83 @@ import torch
 from surogate_formats.artifact import Artifact
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import RECIPES, Recipe, check_compatible
-from surogate_load.errors import (
-    DeviceUnavailableError,
-    MismatchedModelError,
-    MissingExtraError,
-    UnknownArchitectureError,
-)
-from surogate_load.training import set_recipe
+from surogate_load.architecture import model_class, model_config, need_transformers, one_line
+from surogate_load.errors import DeviceUnavailableError, MismatchedModelError
+from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, nearest, sort_keywords
+from surogate_load.local import open_local
+from surogate_load.loss.fused_head import fuse_head
+from surogate_load.model_recipe import set_recipe
+from surogate_load.step.regional import compile_layers
 from surogate_load.weight import TORCH_DTYPES
-
-_SWITCHES = tuple(field.name for field in fields(Recipe) if field.name != "name")
 
 
 def load_model(
     artifact: str | Path,
     recipe: str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
     emulate: bool = False,
-    **switches: Any,
+    *,
+    compile: str | None = None,  # noqa: A002
+    device_map: Any = None,
+    torch_dtype: torch.dtype | str | None = None,
+    **keywords: Any,
 ) -> Any:
     """Loads an artifact for training adapters on it, with `peft.get_peft_model` or otherwise.
 
+    Afterwards `model.to(device)` moves everything, and `model.to(dtype)` casts what isn't quantized and the dtype of
+    the products: packed tensors keep their bytes. (transformers itself refuses `.half()` and `.float()`.)
+
+    PEFT keeps adapters of a bfloat16 model in float32, which an optimizer needs for small steps; their products with a
+    packed layer are the model's dtype, as the recipes mean them, but for what PEFT multiplies itself (dropout, DoRA,
+    several adapters at once). `get_peft_model(..., autocast_adapter_dtype=False)` keeps them in the model's dtype.
+
     Args:
-        artifact: the directory that surogate-quantize wrote.
+        artifact: the directory that surogate-quantize, or `save_pretrained` of a packed model, wrote.
         recipe: `bf16`, `fp8-hybrid` or `nvfp4`; by default the one that the artifact records.
-        device: where the model goes.
+        device: where the model goes; by default the CPU.
         dtype: of what isn't quantized, and of the products; by default that of the source.
         emulate: compute fp8 and fp4 products in float32 from the same quantized operands, on any device.
-        switches: fields of `surogate_formats.recipe.Recipe`, over those that the artifact records.
+        compile: `layers` compiles the decoder layers on their first call, adapters included.
+        device_map: transformers' name for `device`, where it names one.
+        torch_dtype: transformers' former name for `dtype`.
+        keywords: fields of `surogate_formats.recipe.Recipe`, over those that the artifact records; or keywords of
+            `from_pretrained` such as `attn_implementation`, and keys of config.json; see `load_keywords`.
 
     Returns:
         A transformers model in evaluation mode, all of its parameters frozen.
 
     Raises:
-        UsageError: an unknown recipe or switch, or a format and a recipe that don't go together.
+        UsageError: an unknown recipe, keyword or value of `compile`, or a format and a recipe that don't go together.
+        NotDownloadedError: the name of a model on the Hub.
         DeviceUnavailableError: torch can't reach the device.
         UnsupportedDeviceError: the device can't run the recipe, and `emulate` is off.
         UnknownArchitectureError: transformers can't make a model from config.json.
+        PackedExpertsError, UnsupportedModuleError: a packed weight has no linear layer to live in.
         ArtifactError, CheckpointError: the artifact is damaged, or is not this model's.
         MissingExtraError: transformers is not installed.
     """
-    with Artifact.open(artifact) as opened:
-        chosen = choose_recipe(opened.recipe, recipe, switches)
+    chosen_on = chosen_device(device, device_map)
+    chosen_type = chosen_dtype(dtype, torch_dtype)
+    if compile not in (None, "layers"):
+        raise UsageError(f"load_model: compile={compile!r} is neither 'layers' nor None")
+    with open_local(artifact) as opened:
+        given = sort_keywords(keywords, opened.config.keys())
+        chosen = choose_recipe(opened.recipe, recipe, given.switches)
         check_compatible(opened.format.name, chosen)
-        model = _read_model(opened, _reachable(device), dtype or _source_dtype(opened))
+        model = _read_model(opened, _reachable(chosen_on), chosen_type or _source_dtype(opened), given)
     model.requires_grad_(False)
     set_recipe(model, chosen, emulate=emulate)
+    fuse_head(model)
+    if compile is not None:
+        compile_layers(model)
     return model
 
 
 def choose_recipe(recorded: Recipe, name: str | None, switches: dict[str, Any]) -> Recipe:
-    """The recorded recipe with another name or switches; an unknown one is a `UsageError` that names the nearest."""
-    for switch in switches:
-        if switch not in _SWITCHES:
-            raise UsageError(f"load_model: no switch {switch!r}; {_nearest(switch, _SWITCHES)}")
+    """The recorded recipe with another name or switches; an unknown name is a `UsageError` with the nearest."""
     if name is not None and name not in RECIPES:
-        raise UsageError(f"load_model: no recipe {name!r}; {_nearest(name, RECIPES)}")
+        raise UsageError(f"load_model: no recipe {name!r}; {nearest(name, RECIPES)}")
     lowered = {key: value.lower() if isinstance(value, str) else value for key, value in switches.items()}
     chosen: dict[str, Any] = lowered if name is None else {**lowered, "name": name}
     return replace(recorded, **chosen)
@@ -85,16 +104,6 @@ def _reachable(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of another library's message, without the full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:")
-
-
-def _nearest(word: str, known: tuple[str, ...]) -> str:
-    close = get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
 def _source_dtype(artifact: Artifact) -> torch.dtype:
     """The dtype that config.json declares, else the commonest of the weights that were quantized."""
     declared = artifact.config.get("dtype") or artifact.config.get("torch_dtype")
@@ -106,42 +115,24 @@ def _source_dtype(artifact: Artifact) -> torch.dtype:
     return TORCH_DTYPES[dtypes.most_common(1)[0][0]]
 
 
-def need_transformers() -> Any:
-    """The package transformers; `MissingExtraError` if it isn't installed."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers is not installed: pip install surogate-quant[train]") from error
-    return transformers
-
-
-def model_class(config: dict[str, Any]) -> Any:
-    """The architecture that a config.json names; without one, what transformers trains as a causal language model."""
-    transformers = need_transformers()
-    names = [name for name in config.get("architectures") or () if isinstance(name, str)]
-    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    return known[0] if known else transformers.AutoModelForCausalLM
-
-
-def _read_model(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> Any:
-    transformers = need_transformers()
+def _read_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, keywords: Keywords) -> Any:
+    need_transformers()
     # First, and by itself: our hook on it imports the plug-in, which must not be half imported then.
     importlib.import_module("transformers.quantizers.auto")
     from surogate_load.hf_quantizer import claim
 
-    path = str(artifact.path)
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except ValueError as error:
-        raise UnknownArchitectureError(
-            f"{path}: transformers {transformers.__version__} knows no model_type "
-            f"{artifact.config.get('model_type')!r} ({one_line(error)}); try a newer transformers"
-        ) from error
+    config = model_config(artifact, keywords.config)
     config.quantization_config = claim(artifact.config["quantization_config"])
-    placement = {} if device.type == "cpu" else {"device_map": {"": device}}
-    model, report = model_class(artifact.config).from_pretrained(
-        path, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **placement
-    )
+    loading = {**keywords.loading, **({} if device.type == "cpu" else {"device_map": {"": device}})}
+    try:
+        model, report = model_class(artifact.config).from_pretrained(
+            str(artifact.path), config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **loading
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        if not keywords.loading:
+            raise
+        given = ", ".join(f"{key}={value!r}" for key, value in keywords.loading.items())
+        raise UsageError(f"load_model: transformers refuses {given} ({one_line(error)})") from error
     _check_report(artifact, report)
     return model
 

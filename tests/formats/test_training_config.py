@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
+from surogate_formats import strict_yaml
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import Recipe
 from surogate_formats.training_config import (
@@ -15,6 +16,7 @@ from surogate_formats.training_config import (
     TwoFormatsError,
     UnknownKeyError,
     load_training_config,
+    parameter_keys,
 )
 
 FP8_EXAMPLE = """\
@@ -71,13 +73,16 @@ ROWS = {
     "lora": "true",
     "lora_rank": "8",
     "lora_alpha": "64",
+    "lora_dropout": "0.1",
+    "lora_dtype": "bf16",
+    "lora_target_modules": "[q_proj, v_proj]",
 }
-"""Every key of the specification's tables and examples, with a value other than its default."""
+"""Every key of the specification's tables and examples, and of the adapter, with a value other than its default."""
 
 FOREIGN = (
     "learning_rate", "datasets", "gradient_accumulation_steps", "per_device_train_batch_size", "sequence_len",
-    "lora_dropout", "lora_target_modules", "lora_dtype", "lora_bias", "optimizer", "warmup_ratio", "max_steps", "seed",
-    "gradient_checkpointing", "report_to", "local_rank", "base_model", "lora_r", "recompute", "zero_level", "gpus",
+    "lora_bias", "optimizer", "warmup_ratio", "max_steps", "seed", "attn_implementation", "trust_remote_code",
+    "gradient_checkpointing", "report_to", "local_rank", "base_model", "recompute", "zero_level", "gpus",
 )  # fmt: skip
 
 
@@ -179,6 +184,54 @@ def test_foreign_keys_are_listed_in_the_files_order(load):
     assert config.format_name == "fp8"
 
 
+def test_foreign_keys_that_would_mean_something_here_come_with_advice(load):
+    config = load("learning_rate: 1\ntorch_dtype: bfloat16\nlora_bias: all\nlora_x: null\nuse_dora: false\nlora_y: 1\n")
+    assert list(config.without_effect) == ["torch_dtype", "lora_bias", "lora_y"]
+    assert config.without_effect["torch_dtype"] == "pass torch_dtype= to from_config or load_model"
+    assert set(config.without_effect) < set(config.ignored)
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("lora_r", "lora_rank"),
+        ("target_modules", "lora_target_modules"),
+        ("load_in_4bit", "qlora_bnb"),
+        ("load_in_8bit", "qlora_fp8"),
+        ("bnb_4bit_use_double_quant", "qlora_bnb_double_quant"),
+    ],
+)
+def test_another_trainers_name_for_a_key_of_ours_is_refused_unless_it_is_off(key, ours, load):
+    with pytest.raises(UnknownKeyError, match=rf"train\.yaml: '{key}' is another trainer's key; here it is '{ours}'"):
+        load(f"{key}: true\n")
+    assert load(f"{key}: false\n").ignored == load(f"{key}: null\n").ignored == (key,)
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("all", "all-linear"),
+        ("[all-linear]", "all-linear"),
+        ("q_proj", ("q_proj",)),
+        ("[q_proj, v_proj]", ("q_proj", "v_proj")),
+    ],
+)
+def test_target_modules(text, targets, load):
+    assert load(f"lora_target_modules: {text}\n").lora.target_modules == targets
+
+
+def test_every_parameter_that_a_key_sets_is_one_of_its_format(load):
+    assert parameter_keys("nf4") == {"block_size": "qlora_bnb_block_size", "double_quant": "qlora_bnb_double_quant"}
+    assert parameter_keys("fp4").keys() == {"two_d", "four_over_six", "metric"}
+    assert parameter_keys("fp8") == {}
+
+
+@pytest.mark.parametrize("text", ["qlora_bnb_block_size: 100\n", "amax_history_len: 0\n"])
+def test_a_value_that_the_format_or_recipe_refuses_comes_with_the_files_path(text, load):
+    with pytest.raises(TrainingConfigError, match=r"train\.yaml: .*(block_size|amax_history_len)"):
+        load(text)
+
+
 def test_strict_refuses_the_first_foreign_key(load):
     with pytest.raises(UnknownKeyError, match="'learning_rate' is not a key of ours; leave out --strict"):
         load(FP8_EXAMPLE + "learning_rate: 1e-4\n", strict=True)
@@ -239,6 +292,8 @@ WRONG_VALUES = {
         "enable_four_over_six",
     ),
     "a whole number": ("margin", "amax_history_len", "lora_rank", "skip_quant_first_layers", "qlora_bnb_block_size"),
+    "a number from 0": ("lora_dropout",),
+    "fp32 or bf16": ("lora_dtype",),
     "one of": ("recipe", "backend", "amax_compute_algo", "four_over_six_metric"),
 }
 
@@ -248,6 +303,12 @@ WRONG_VALUES = {
 def test_values_of_the_wrong_type_are_refused(expected, key, value, load):
     with pytest.raises(TrainingConfigError, match=rf"train\.yaml: {key} is .*; expected {expected}"):
         load(f"{key}: {value}\n")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[3]", "{a: b}", '""'])
+def test_target_modules_of_the_wrong_type(text, load):
+    with pytest.raises(TrainingConfigError, match="expected all-linear, or a list of module names"):
+        load(f"lora_target_modules: {text}\n")
 
 
 @pytest.mark.parametrize(
@@ -291,6 +352,42 @@ def test_files_that_are_no_training_file(text, message, load):
         load(text)
     assert str(caught.value).isprintable()
     assert "train.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: [1\nc: 2\n", "line 3, column 2: expected ',' or ']', but got ':'"),
+        ("a: 1\nb: 2\n\na: 3\n", "line 4, column 1: key 'a' stands twice"),
+        ("a: &x 1\nb: *x\n", "line 2, column 4: anchors are not supported"),
+        ("a: 'b\n", "line 2, column 1: found unexpected end of stream"),
+    ],
+)
+def test_a_syntax_error_is_one_line_that_gives_its_place(text, message, load):
+    with pytest.raises(TrainingConfigError) as caught:
+        load(text)
+    assert str(caught.value).endswith(f"train.yaml: no YAML that we read ({message})")
+
+
+def test_keys_are_not_compared_each_with_each(load, monkeypatch):
+    compared = []
+
+    class Counted(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    def construct(self, node, deep=False):
+        value = original(self, node, deep=deep)
+        return Counted(value) if isinstance(value, str) else value
+
+    original = strict_yaml._StrictLoader.construct_object
+    monkeypatch.setattr(strict_yaml._StrictLoader, "construct_object", construct)
+    load("a:\n" + "".join(f"  key{i}: 0\n" for i in range(300)))
+    assert len(compared) < 3000
 
 
 def test_paths_that_hold_no_training_file(tmp_path):

@@ -9,7 +9,7 @@ from surogate_formats.layouts import settle
 from surogate_formats.nf4 import NF4
 from surogate_formats.nvfp4 import NVFP4
 from surogate_load.linear import QuantizedLinear
-from surogate_load.training import set_recipe
+from surogate_load.model_recipe import set_recipe
 from surogate_load.weight import to_torch
 
 KINDS = {

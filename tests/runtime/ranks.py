@@ -10,8 +10,8 @@ LAYERS = 3
 
 def one_step(rank, reduce_amax):
     """The scales after a step in which rank r sees inputs of 1 + 3 r."""
+    from surogate_load.model_recipe import set_recipe
     from surogate_load.recipes.delayed import delayed_scales
-    from surogate_load.training import set_recipe
 
     layers = [make_layer("fp8-tensor", (32, 32), bias=False, seed=seed)[0] for seed in range(LAYERS)]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(32, 1))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from runtime.artifacts import write_artifact
 from runtime.layers import KINDS
 from runtime.test_loading import dense_twin
 
+from surogate_formats.artifact import Artifact
 from surogate_formats.fp8 import FP8
 from surogate_formats.layouts import LAYOUTS
 from surogate_formats.nvfp4 import NVFP4
+from surogate_load import open_artifact
 from surogate_load.cli import main
-from surogate_load.evaluate import evaluate, kl_and_perplexity, reference_logprobs, windows
+from surogate_load.divergence import evaluate, kl_and_perplexity, reference_logprobs, windows
 from surogate_load.loading import load_model
 from surogate_load.readers import NOT_BF16, READERS, WITH_EXPERTS, readers
 
@@ -30,43 +33,64 @@ def test_inspect(artifact, kind):
     assert found.exit_code == 0, found.stderr
     rows = json.loads(found.stdout)
     assert rows["format"] == KINDS[kind].name
-    assert rows["quantized"].startswith("14 weights")
-    assert rows["kept"] == ["7 test"]
-    assert any("surogate_load" in line for line in rows["loads in"])
+    assert rows["parameters"] == {**asdict(KINDS[kind])}
+    with Artifact.open(artifact(kind)) as opened:
+        sizes = [entry.info.nbytes for entry in opened.checkpoint.tensors.values()]
+        packed = sum(rows_ * columns for rows_, columns in opened.modules.values())
+    assert (rows["quantized_weights"], rows["quantized_parameters"], rows["bytes"]) == (14, packed, sum(sizes))
+    assert rows["bits_per_parameter"] == 8 * sum(sizes) / rows["parameters_in_all"]
+    assert 4 <= rows["bits_per_quantized_weight"] < 9
+    assert rows["kept"] == {"test": 7}
+    assert rows["loads_in"]["surogate_load"] == "stays packed, trains LoRA"
+    assert "modules" not in rows
     text = run("inspect", artifact(kind)).stdout
-    assert rows["bits per weight"] in text
+    assert f"{rows['bits_per_quantized_weight']:.3f} quantized" in text
+    assert "14 weights" in text
+
+
+def test_inspect_lists_the_modules(artifact):
+    rows = json.loads(run("inspect", artifact("nf4"), "--modules", "--json").stdout)
+    lines = run("inspect", artifact("nf4"), "--modules").stdout.splitlines()
+    with open_artifact(artifact("nf4")) as opened:
+        assert list(rows["modules"]) == [line.split()[0] for line in lines] == list(opened)
+        assert rows["modules"]["model.layers.0.mlp.up_proj"]["shape"] == [256, 128]
+    assert "256x128" in lines[0] or any("256x128" in line for line in lines)
 
 
 def test_every_format_in_every_layout_has_readers():
     held = {(fmt, layout.name) for layout in LAYOUTS.values() for fmt in layout.suffixes}
-    assert held == READERS.keys()
+    assert held == READERS.keys() == WITH_EXPERTS.keys()
     for changes in (WITH_EXPERTS, NOT_BF16):
-        assert all(READERS[key].keys() > remarks.keys() for key, remarks in changes.items())
+        assert all(READERS[key].keys() >= remarks.keys() for key, remarks in changes.items())
 
 
 def test_readers_know_experts_and_dtypes():
     fp8, fp4, layout = FP8("channel", "bfloat16"), NVFP4(), "compressed-tensors"
-    assert "vLLM: from SM75" in readers(fp8, layout)
-    (vllm,) = (line for line in readers(fp8, layout, experts=True) if line.startswith("vLLM"))
-    assert "RuntimeError" in vllm
-    assert not any("RuntimeError" in line for line in readers(fp4, layout, experts=True))
-    assert any("dtype=bfloat16 only" in line for line in readers(fp4, layout, bf16=False))
-    assert any("rounds the scales" in line for line in readers(fp8, layout, bf16=False))
+    assert readers(fp8, layout)["vLLM"] == "from SM75"
+    assert "RuntimeError" in readers(fp8, layout, experts=True)["vLLM"]
+    assert "wrong" not in str(readers(fp4, layout))
+    for bf16 in (True, False):
+        experts = readers(fp4, layout, experts=True, bf16=bf16)
+        assert "wrongly" in experts["transformers"]
+        assert experts["surogate_load"].startswith("not yet")
+    assert "dtype=bfloat16 only" in readers(fp4, layout, bf16=False)["transformers"]
+    assert "rounds the scales" in readers(fp8, layout, bf16=False)["transformers"]
     assert readers(fp8, layout, bf16=True) == readers(fp8, layout)
 
 
 def test_inspect_looks_for_experts_and_dtypes(artifact, tmp_path):
-    lines = json.loads(run("inspect", artifact("fp8-channel", dtype="float16"), "--json").stdout)["loads in"]
-    assert any("rounds the scales" in line for line in lines)
-    lines = json.loads(run("inspect", artifact("fp8-channel"), "--json").stdout)["loads in"]
-    assert not any("rounds the scales" in line or "RuntimeError" in line for line in lines)
+    def found(path):
+        return json.loads(run("inspect", path, "--json").stdout)["loads_in"]
+
+    assert "rounds the scales" in found(artifact("fp8-channel", dtype="float16"))["transformers"]
+    assert "rounds the scales" not in found(artifact("fp8-channel"))["transformers"]
     config = transformers.MixtralConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
     path = write_artifact(transformers.MixtralForCausalLM(config).bfloat16(), tmp_path, KINDS["fp8-channel"])
-    lines = json.loads(run("inspect", path, "--json").stdout)["loads in"]
-    assert any("RuntimeError" in line for line in lines)
+    assert "RuntimeError" in found(path)["vLLM"]
+    assert "refused" in found(path)["surogate_load"]
 
 
 def test_verify(artifact, tmp_path):
@@ -89,6 +113,9 @@ def test_what_is_no_artifact(tmp_path):
     assert found.exit_code == 1
     assert found.stderr.count("\n") == 1
     assert run("inspect").exit_code == 2
+    found = run("verify", "Qwen/Qwen3-4B")
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    assert "hf download" in found.stderr
 
 
 def write_tokenizer(folder):

@@ -11,8 +11,8 @@ from runtime.layers import KINDS, make_layer, with_recipe
 
 from surogate_formats.recipe import Recipe
 from surogate_load.errors import CopiedModelError
+from surogate_load.model_recipe import set_recipe
 from surogate_load.recipes.fp8_weight import power_of_two_scale
-from surogate_load.training import set_recipe
 
 E4M3 = ml_dtypes.float8_e4m3fn
 E5M2 = ml_dtypes.float8_e5m2

@@ -12,9 +12,9 @@ from surogate_formats.artifact import Artifact
 from surogate_formats.recipe import Recipe
 from surogate_load import load_model
 from surogate_load.errors import MergeUnsupportedError
+from surogate_load.model_recipe import set_recipe
 from surogate_load.peft_layer import QuantizedLoraLinear, register
 from surogate_load.recipes.token_gradient import AdapterLinear
-from surogate_load.training import set_recipe
 
 RECIPES = ("bf16", "fp8-hybrid", "nvfp4")
 COMBINATIONS = [

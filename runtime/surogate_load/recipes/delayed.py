@@ -7,6 +7,7 @@ without a read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +22,15 @@ from surogate_load.ops.quantize_fp8 import LARGEST_SCALE, SMALLEST_SCALE
 from surogate_load.ops.rounding import FP8_MAX
 from surogate_load.placement import FixedDtypeModule
 
-_WATCHED: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # in order: ranks must reduce alike
+_LOG = logging.getLogger("surogate_load")
+
+SUSPICIOUS_STEPS = 2
+"""Steps of others' optimizers, each after a training step of the model, before they are taken for its own."""
+
+_DONE = -1
+_WATCHED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Roots in order (ranks must reduce alike), with the suspicious steps counted so far; `_DONE` once that is settled."""
+
 _HOOKS: list[Any] = []
 
 
@@ -81,7 +90,7 @@ def watch(model: nn.Module) -> None:
         return
     for scale in scales:
         scale.watched = True
-    _WATCHED[model] = None
+    _WATCHED[model] = 0
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_post_hook(_after_step))
 
@@ -91,23 +100,59 @@ def delayed_scales(model: nn.Module) -> list[DelayedScale]:
     return [module for module in model.modules() if isinstance(module, DelayedScale)]
 
 
+def end_step(model: nn.Module) -> None:
+    """Ends a training step of a model by hand: renews its fp8 scales from the amax recorded since the last one.
+
+    Needed only where the optimizer owns copies of the parameters (FSDP1 with flat parameters, DeepSpeed): else the step
+    of any torch optimizer that owns parameters of the model does it. Call it after the optimizer's step, on every rank.
+    A second call in a step changes nothing, and so does one under a recipe without delayed scaling.
+    """
+    ended: set[DelayedScale] = set()
+    _end_steps(model, ended)
+    for root in list(_WATCHED):
+        if not ended.isdisjoint(delayed_scales(root)):
+            _WATCHED[root] = _DONE
+
+
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     ended: set[DelayedScale] = set()
     for model in list(_WATCHED):
-        if not any(id(parameter) in owned for parameter in model.parameters()):
-            continue
-        by_recipe: dict[Recipe, list[DelayedScale]] = {}
-        for scale in delayed_scales(model):
-            if scale not in ended:  # roots can share layers
-                by_recipe.setdefault(scale.recipe, []).append(scale)
-        for recipe, scales in by_recipe.items():
-            end_step(scales, recipe)
-            ended.update(scales)
+        if any(id(parameter) in owned for parameter in model.parameters()):
+            _WATCHED[model] = _DONE
+            _end_steps(model, ended)
+        else:
+            _suspect_copies(model)
+
+
+def _end_steps(model: nn.Module, ended: set[DelayedScale]) -> None:
+    """Ends the step of every scale of a model but those that have `ended`: roots can share layers."""
+    by_recipe: dict[Recipe, list[DelayedScale]] = {}
+    for scale in delayed_scales(model):
+        if scale not in ended:
+            by_recipe.setdefault(scale.recipe, []).append(scale)
+    for recipe, scales in by_recipe.items():
+        renew(scales, recipe)
+        ended.update(scales)
+
+
+def _suspect_copies(model: nn.Module) -> None:
+    """Warns once where the model trains and other optimizers step, but none that owns its parameters ever has."""
+    if _WATCHED[model] == _DONE or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return
+    if not any(bool(scale.current > 0) for scale in delayed_scales(model)):
+        return
+    _WATCHED[model] += 1
+    if _WATCHED[model] == SUSPICIOUS_STEPS:
+        _LOG.warning(
+            "recipe fp8-hybrid: optimizers step, but none owns parameters of this model: its scales are never renewed; "
+            "if yours steps copies of them (FSDP1, DeepSpeed), call surogate_load.end_step(model) after each step"
+        )
+        _WATCHED[model] = _DONE
 
 
 @torch.no_grad()
-def end_step(scales: Sequence[DelayedScale], recipe: Recipe) -> None:
+def renew(scales: Sequence[DelayedScale], recipe: Recipe) -> None:
     """Rolls the rings and renews the scales; nothing changes where nothing was recorded since the last step.
 
     An amax that isn't finite is left out: in the ring it would freeze the scale for the length of the window.

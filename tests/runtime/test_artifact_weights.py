@@ -12,6 +12,8 @@ from runtime.test_loading import python_path
 from surogate_formats.artifact import Artifact, CorruptArtifactError
 from surogate_formats.errors import UsageError
 from surogate_load import open_artifact
+from surogate_load.artifact_weights import NoSuchModuleError
+from surogate_load.errors import NotDownloadedError
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -31,8 +33,19 @@ def test_weights_by_name(artifact, kind):
 def test_unknown_module(artifact):
     with open_artifact(artifact("nf4")) as opened:
         assert "lm_head" not in opened
-        with pytest.raises(UsageError, match="no quantized module 'lm_head'"):
+        with pytest.raises(UsageError, match=r"'lm_head': its weight was kept; .*inspect --modules"):
             opened["lm_head"]
+        for asked in (UP.removeprefix("model."), f"{UP}.weight", UP.replace("up_proj", "up_porj")):
+            with pytest.raises(NoSuchModuleError, match=f"did you mean '{UP}'") as caught:
+                opened[asked]
+            assert str(caught.value).isprintable()
+        with pytest.raises(NoSuchModuleError, match="no quantized module ''; surogate-load inspect --modules"):
+            opened[""]
+
+
+def test_the_name_of_a_model_on_the_hub():
+    with pytest.raises(NotDownloadedError, match=r"hf download Qwen/Qwen3-4B --local-dir Qwen3-4B.*surogate-quantize"):
+        open_artifact("Qwen/Qwen3-4B")
 
 
 def test_damage_is_found(artifact, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.errors import UsageError
+from surogate_load.local import open_local
 from surogate_load.weight import WeightKind, to_torch
 
 
@@ -56,11 +58,18 @@ class OpenArtifact(Mapping[str, QuantizedWeight]):
     def __getitem__(self, module: str) -> QuantizedWeight:
         """The weight of a module; `NoSuchModuleError` if it isn't quantized here."""
         if module not in self.artifact.modules:
-            raise NoSuchModuleError(
-                f"{self.artifact.path}: no quantized module {module!r}; surogate-load inspect lists them"
-            )
+            raise NoSuchModuleError(f"{self.artifact.path}: no quantized module {module!r}{self._hint(module)}")
         rows, columns = self.artifact.modules[module]
         return QuantizedWeight(module, WeightKind(self.artifact.format, (rows, columns)), self.artifact)
+
+    def _hint(self, module: str) -> str:
+        where = f"surogate-load inspect --modules {self.artifact.path} lists them"
+        if f"{module}.weight" in self.artifact.manifest.tensors:
+            return f": its weight was kept; {where}"
+        parts = [part for part in module.removesuffix(".weight").split(".") if part]
+        ends = [name for name in self if parts and name.split(".")[-len(parts) :] == parts]
+        near = ends or get_close_matches(module, list(self), n=1)
+        return f"; did you mean {near[0]!r}? {where}" if near else f"; {where}"
 
     def __iter__(self) -> Iterator[str]:
         """Module names."""
@@ -91,6 +100,7 @@ def open_artifact(path: str | Path) -> OpenArtifact:
     """Opens a directory that surogate-quantize wrote.
 
     Raises:
+        NotDownloadedError: the name of a model on the Hub.
         ArtifactError, CheckpointError: it is not complete, or not what it claims to be.
     """
-    return OpenArtifact(Artifact.open(path))
+    return OpenArtifact(open_local(path))

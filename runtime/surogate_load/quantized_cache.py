@@ -1,4 +1,4 @@
-"""From the specification's YAML to a model ready to train: quantizes once into a cache, loads, adds the adapter."""
+"""Artifacts that a training file asks for: found, or made once into a cache by the quantizer, a process of its own."""
 
 from __future__ import annotations
 
@@ -9,73 +9,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock
 
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.errors import UsageError
 from surogate_formats.manifest import MANIFEST_NAME
-from surogate_formats.recipe import check_compatible
-from surogate_formats.training_config import KEYS, Lora, TrainingConfig, load_training_config
+from surogate_formats.training_config import KEYS, TrainingConfig
 from surogate_formats.version import VERSION
-from surogate_load.errors import MissingExtraError, QuantizerFailedError, SourceMissingError
-from surogate_load.loading import choose_recipe, load_model
+from surogate_load.errors import QuantizerFailedError
 
 _LOG = logging.getLogger("surogate_load")
 
 _KEY_LENGTH = 24
-
-
-def from_config(
-    path: str | Path,
-    model: str | Path | None = None,
-    *,
-    recipe: str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    emulate: bool = False,
-    **switches: Any,
-) -> Any:
-    """Loads what a training file describes.
-
-    Args:
-        path: the YAML file; keys that aren't ours are passed over.
-        model: directory of the source checkpoint; by default the one that the file names.
-        recipe: instead of the file's.
-        device: see `load_model`.
-        dtype: see `load_model`.
-        emulate: see `load_model`.
-        switches: over those of the file.
-
-    Returns:
-        The transformers model, or with `lora: true` the PEFT model around it.
-
-    Raises:
-        SourceMissingError: neither the file nor the caller names a model.
-        QuantizerFailedError: the quantizer, which runs as a process of its own, failed; so it does without a source.
-        Everything that `load_training_config` and `load_model` raise.
-    """
-    config = load_training_config(path)
-    source = model or config.model
-    if source is None:
-        raise SourceMissingError(f"{path}: names no model; pass from_config(..., model=DIR)")
-    if config.format_name is None:
-        raise UsageError(f"{path}: no format is on; set qlora_bnb, qlora_fp4 or qlora_fp8 to true")
-    chosen = choose_recipe(config.recipe, recipe, switches)
-    check_compatible(config.format_name, chosen)
-    config = replace(config, recipe=chosen)
-    if config.ignored:
-        _LOG.warning("%s: not ours, passed over: %s", path, ", ".join(config.ignored))
-    artifact = quantized_once(Path(path), Path(source), config)
-    settings = asdict(config.recipe)
-    loaded = load_model(artifact, settings.pop("name"), device, dtype, emulate, **settings)
-    return _with_adapter(loaded, config.lora) if config.lora.enabled else loaded
 
 
 def cache_directory() -> Path:
@@ -146,12 +95,3 @@ def _run(command: list[str]) -> tuple[int, str]:
             failure = last.removeprefix("Error: ") if last.startswith("Error: ") else failure
             _LOG.info("%s", last)
     return process.returncode, failure or last
-
-
-def _with_adapter(model: Any, lora: Lora) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingExtraError("peft is not installed: pip install surogate-quant[train]") from error
-    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, settings)

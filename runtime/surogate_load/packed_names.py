@@ -1,0 +1,56 @@
+"""Where the packed modules of files stand in a transformers model, which renames and merges as it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from surogate_formats.checkpoint import TensorInfo, read_header
+from surogate_load.errors import MismatchedModelError, PackedExpertsError
+
+
+def read_infos(files: Sequence[str]) -> dict[str, TensorInfo]:
+    """Every tensor of safetensors files by name; headers alone are read."""
+    return {name: info for file in files for name, info in read_header(Path(file)).tensors.items()}
+
+
+def packed_modules(model: nn.Module, infos: Mapping[str, TensorInfo], companion: str) -> Iterator[tuple[str, str]]:
+    """(name on disk, name in the model) of every module with packed tensors.
+
+    Args:
+        model: a transformers model; its weights may still be missing.
+        infos: what the files hold.
+        companion: the ending of a tensor that every packed weight has, and no other.
+
+    Raises:
+        PackedExpertsError: transformers merges packed weights into one parameter.
+        MismatchedModelError: the model has no such module.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    for name in infos:
+        stored, _, suffix = name.rpartition(".")
+        if suffix != companion:
+            continue
+        weight, merged = rename_source_key(
+            f"{stored}.weight", renamings, converters, getattr(model, "base_model_prefix", None), state
+        )
+        if merged is not None:
+            raise PackedExpertsError(
+                f"{stored} is packed, but transformers merges it into {weight}: packed experts can't be loaded by this "
+                f"version; quantize again with --skip {_skip_pattern(stored)}"
+            )
+        if weight not in state:
+            raise MismatchedModelError(f"the files hold {stored}, which the model hasn't: is config.json its own?")
+        yield stored, weight.removesuffix(".weight")
+
+
+def _skip_pattern(module: str) -> str:
+    components = module.split(".")
+    return "experts" if "experts" in components else components[-1]

@@ -1,0 +1,129 @@
+"""MicroStep where no graph can be made: the same numbers as a plain loop, and a word about why."""
+
+import logging
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import surogate_load
+from surogate_load import MicroStep, load_model
+from surogate_load.errors import NoLayersError
+from surogate_load.step.capturable import why_eager
+from surogate_load.step.regional import compile_layers, decoder_layers
+
+IDS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def adapted(path, **arguments):
+    torch.manual_seed(1)
+    model = load_model(path, **arguments)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear")).train()
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_on_a_cpu_it_is_a_plain_step(artifact, caplog):
+    model = adapted(artifact("nf4"))
+    for _ in range(2):
+        (model(input_ids=IDS, labels=IDS).loss / 2).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    step = MicroStep(model)
+    with caplog.at_level(logging.WARNING):
+        losses = [step(input_ids=IDS, labels=IDS, gradient_scale=0.5) for _ in range(2)]
+    assert torch.equal(*losses)
+    assert not losses[0].requires_grad
+    torch.testing.assert_close(gradients(model), expected)
+    assert caplog.text.count("MicroStep runs eagerly: the model is on cpu") == 1
+
+
+def test_a_mask_of_ones_is_dropped(artifact, monkeypatch):
+    model = adapted(artifact("nf4"))
+    seen = []
+    base = model.get_base_model()
+    monkeypatch.setattr(base.model, "forward", _spy(base.model.forward, seen))
+    step = MicroStep(model)
+    ones = torch.ones_like(IDS)
+    padded = ones.clone()
+    padded[0, :4] = 0
+    for mask in (ones, padded):
+        step(input_ids=IDS, labels=IDS, attention_mask=mask)
+    assert seen[0] is None
+    assert torch.equal(seen[1], padded)
+
+
+def _spy(forward, seen):
+    def spying(*args, **kwargs):
+        seen.append(kwargs.get("attention_mask"))
+        return forward(*args, **kwargs)
+
+    return spying
+
+
+@pytest.mark.parametrize(
+    ("change", "batch", "reason"),
+    [
+        (lambda m: m, {}, "without labels"),
+        (lambda m: m, {"labels": IDS, "position_ids": IDS}, "position_ids"),
+        (lambda m: m.eval(), {"labels": IDS}, "not being trained"),
+        (lambda m: m, {"labels": IDS, "images": [IDS]}, "plain values"),
+        (lambda m: m.gradient_checkpointing_enable(), {"labels": IDS}, "checkpointing"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_named(artifact, monkeypatch, change, batch, reason):
+    model = adapted(artifact("nf4"))
+    change(model)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    assert reason in why_eager(model, {"input_ids": IDS, **batch})
+
+
+def test_compile_layers_compiles_each_decoder_layer(artifact):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain = adapted(artifact("nf4"))
+    model = adapted(artifact("nf4"))
+    compile_layers(model.get_base_model(), backend="aot_eager")
+    assert len(list(decoder_layers(model.get_base_model()))) == 2
+    for length in (24, 24, 20, 16, 9):
+        ids = IDS[:, :length]
+        loss, expected = (each(input_ids=ids, labels=ids).loss for each in (model, plain))
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
+    # The first layer's input needs no gradient, the others' does; each once for one length and once for any.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+
+
+def test_compile_is_a_keyword_of_load_model(artifact):
+    model = load_model(artifact("nf4"), compile="layers")
+    assert all(layer._compiled_call_impl is not None for layer in decoder_layers(model))
+    with pytest.raises(surogate_load.load_model.__globals__["UsageError"], match="neither 'layers' nor None"):
+        load_model(artifact("nf4"), compile="everything")
+    with pytest.raises(NoLayersError, match="Linear has no decoder layers"):
+        compile_layers(nn.Linear(2, 2))
+
+
+def test_captured_trainer_trains_as_the_trainer(artifact, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    ends = []
+    for kind in (transformers.Trainer, surogate_load.captured(transformers.Trainer)):
+        settings = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            seed=3,
+        )
+        trainer = kind(model=adapted(artifact("nf4")), args=settings, train_dataset=rows)
+        ends.append((trainer.train().training_loss, [p for p in trainer.model.parameters() if p.requires_grad]))
+    assert ends[0][0] == pytest.approx(ends[1][0])
+    torch.testing.assert_close(ends[0][1], ends[1][1])
+    assert type(trainer).__name__ == "CapturedTrainer"
