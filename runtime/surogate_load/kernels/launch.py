@@ -10,7 +10,9 @@ import torch
 
 from surogate_load.kernels.source import LANES, LAUNCH, WARPS, WEIGHT
 
-_BLOCK = (LANES * WARPS, 1, 1)
+_Sides = tuple[int, int, int]
+
+_BLOCK: _Sides = (LANES * WARPS, 1, 1)
 
 
 class _Stream:
@@ -51,7 +53,7 @@ def launch_weight(function: Any, device: int, tiles: int, out: int, weight: byte
     """
     arguments = _of_this_thread()
     arguments.bytes[:] = LAUNCH.pack(out, 0, 0, 0) + weight
-    _launch(function, device, tiles, arguments)
+    _launch(function, device, (tiles, 1, 1), _BLOCK, arguments)
 
 
 def launch_group(function: Any, device: int, tiles: int, out: int, weights: int, first_tiles: int, size: int) -> None:
@@ -68,7 +70,22 @@ def launch_group(function: Any, device: int, tiles: int, out: int, weights: int,
     """
     arguments = _of_this_thread()
     LAUNCH.pack_into(arguments.bytes, 0, out, weights, first_tiles, size)
-    _launch(function, device, tiles, arguments)
+    _launch(function, device, (tiles, 1, 1), _BLOCK, arguments)
+
+
+def launch(function: Any, device: int, blocks: int, threads: int, packed: bytes) -> None:
+    """Launches a kernel that takes one structure by value, at most as long as a `Launch`.
+
+    Args:
+        function: the kernel on the device.
+        device: index of the CUDA device.
+        blocks: of the grid.
+        threads: of a block.
+        packed: the structure.
+    """
+    arguments = _of_this_thread()
+    arguments.bytes[: len(packed)] = packed
+    _launch(function, device, (blocks, 1, 1), (threads, 1, 1), arguments)
 
 
 def _of_this_thread() -> _Arguments:
@@ -78,10 +95,10 @@ def _of_this_thread() -> _Arguments:
     return _arguments
 
 
-def _launch(function: Any, device: int, tiles: int, arguments: _Arguments) -> None:
+def _launch(function: Any, device: int, grid: _Sides, block: _Sides, arguments: _Arguments) -> None:
     stream = _Stream(torch._C._cuda_getCurrentRawStream(device))
     if torch._C._cuda_getDevice() == device:
-        function((tiles, 1, 1), _BLOCK, arguments.pointers, 0, stream)
+        function(grid, block, arguments.pointers, 0, stream)
         return
     with torch.cuda.device(device):
-        function((tiles, 1, 1), _BLOCK, arguments.pointers, 0, stream)
+        function(grid, block, arguments.pointers, 0, stream)

@@ -14,7 +14,10 @@ from surogate_formats.tables import E2M1_VALUES, E4M3_MAX, NF4_CODEBOOK
 OPTIONS = ("-fmad=false",)
 """Compiler options: no product is fused with a sum; the numpy definition rounds each on its own."""
 
-MODULES = {name: ("conversions", "dequantize", name) for name in ("nf4", "nvfp4", "fp8")}
+MODULES = {
+    **{name: ("conversions", "dequantize", name) for name in ("nf4", "nvfp4", "fp8")},
+    "cross_entropy": ("conversions", "cross_entropy"),
+}
 """Module name to the `.cu` files that make it up, in order."""
 
 LANES = 32
@@ -32,7 +35,8 @@ WARPS = 16
 TILE_VALUES = LANES * CHUNK * CHUNKS * WARPS
 """Values that a thread block dequantizes."""
 
-_KERNEL = re.compile(r"^KERNELS\((\w+),", re.MULTILINE)
+_KERNELS = re.compile(r"^KERNELS\((\w+),", re.MULTILINE)
+_CROSS_ENTROPIES = re.compile(r"^CROSS_ENTROPY\((\w+),", re.MULTILINE)
 
 RESULTS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 """The dtypes that each kernel exists for, as its name ends."""
@@ -46,6 +50,12 @@ WEIGHT = struct.Struct("=5Q3q6I")
 
 LAUNCH = struct.Struct("=3Qq")
 """`Launch` of dequantize.cu, before the `Weight` at its end."""
+
+CROSS_ENTROPY = struct.Struct("=4Qq2f2I")
+"""`CrossEntropy` of cross_entropy.cu."""
+
+CROSS_ENTROPY_THREADS = 1024
+"""Threads of a block there: a multiprocessor holds one such block of the compiler's size, or two."""
 
 
 def _float(value: float) -> str:
@@ -69,6 +79,8 @@ def _constants() -> dict[str, str]:
         "WEIGHT_BYTES": str(WEIGHT.size),
         "LAUNCH_BYTES": str(LAUNCH.size + WEIGHT.size),
         "TILE_SIDE": str(TILE),
+        "CROSS_ENTROPY_BYTES": str(CROSS_ENTROPY.size),
+        "CROSS_ENTROPY_THREADS": str(CROSS_ENTROPY_THREADS),
         **{f"SCALE_PER_{name.upper().replace('BLOCK', 'TILE')}": str(value) for name, value in SCALINGS.items()},
     }
 
@@ -84,4 +96,5 @@ def source(module: str) -> str:
 def kernel_names(module: str) -> list[str]:
     """Every kernel of a module."""
     text = (Path(__file__).parent / f"{module}.cu").read_text(encoding="utf-8")
-    return [f"{kernel}_{result}" for kernel in _KERNEL.findall(text) for result in RESULTS]
+    made = [f"{kernel}_{result}" for kernel in _KERNELS.findall(text) for result in RESULTS]
+    return made + _CROSS_ENTROPIES.findall(text)

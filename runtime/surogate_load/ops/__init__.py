@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from surogate_load.kernels import dequantize as _cuda  # noqa: F401  (registers its ops' CUDA kernels)
-from surogate_load.ops import add_product, dequantize, hadamard, quantize_fp8, quantize_nvfp4
+from surogate_load.kernels import cross_entropy as _cross_entropy  # noqa: F401  (registers its op's CUDA kernel)
+from surogate_load.kernels import dequantize as _dequantize  # noqa: F401
+from surogate_load.ops import cross_entropy, dequantize, hadamard, products, quantize_fp8, quantize_nvfp4
 
-__all__ = ["add_product", "dequantize", "hadamard", "quantize_fp8", "quantize_nvfp4"]
+__all__ = ["cross_entropy", "dequantize", "hadamard", "products", "quantize_fp8", "quantize_nvfp4"]

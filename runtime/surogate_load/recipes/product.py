@@ -87,9 +87,9 @@ class PackedLoraLinear(torch.autograd.Function):
         """Gives dx and the gradients of bias, A and B."""
         x, xa, lora_a, lora_b, *parts = ctx.saved_tensors
         dy = _rows(gradient)
-        dya = (dy @ lora_b).mul_(ctx.scaling)
+        dya = torch.ops.surogate.scaled_product(dy, lora_b, ctx.scaling)
         da = dya.t() @ _rows(x) if ctx.needs_input_grad[2] else None
-        db = (dy.t() @ xa).mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
+        db = torch.ops.surogate.scaled_product(dy.t(), xa, ctx.scaling) if ctx.needs_input_grad[3] else None
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ctx.product.input_gradient(gradient, ctx.state, parts)

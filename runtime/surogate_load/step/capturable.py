@@ -21,6 +21,7 @@ def why_eager(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
         "the model is not being trained": not (model.training and torch.is_grad_enabled()),
         "a batch without labels": batch.get("labels") is None,
         "a batch with more than tensors and plain values": any(map(_is_container, batch.values())),
+        "hooks on gradients, which a graph doesn't call": _has_gradient_hooks(model),
         "activation checkpointing, which reads the random state on the host": _checkpoints(model),
     }
     return next((reason for reason, there in obstacles.items() if there), None)
@@ -32,6 +33,11 @@ def _has(batch: Mapping[str, Any], *names: str) -> bool:
 
 def _is_container(value: Any) -> bool:
     return not (value is None or isinstance(value, (Tensor, bool, int, float, str)))
+
+
+def _has_gradient_hooks(model: nn.Module) -> bool:
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trained)
 
 
 def _checkpoints(model: nn.Module) -> bool:

@@ -88,7 +88,11 @@ class Capture:
     def _step(self, model: nn.Module) -> Tensor:
         batch = {name: value for name, value in self._inputs.items() if name != "gradient_scale"}
         loss: Tensor = model(**batch).loss
-        (loss * self._inputs["gradient_scale"]).backward()  # type: ignore[no-untyped-call]
+        # Not backward(): that would add each parameter's gradient in a kernel of its own.
+        scaled = loss * self._inputs["gradient_scale"]
+        made = torch.autograd.grad(scaled, self._gradients.parameters, allow_unused=True)
+        pairs = [pair for pair in zip(self._gradients.buffers, made, strict=True) if pair[1] is not None]
+        torch._foreach_add_([buffer for buffer, _ in pairs], [gradient for _, gradient in pairs])
         return loss.detach()
 
     def replay(self, given: Mapping[str, Any]) -> Tensor:
