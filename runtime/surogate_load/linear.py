@@ -13,7 +13,7 @@ from surogate_formats.layouts import Layout
 from surogate_load.placement import Mover, cast_by, move_only
 from surogate_load.recipes.bf16 import Bf16
 from surogate_load.recipes.layer import RecipeLayer
-from surogate_load.recipes.product import multiply_with_lora
+from surogate_load.recipes.product import Adapter, Placement, multiply_with_adapters
 from surogate_load.weight import WeightKind, empty_part
 
 
@@ -29,6 +29,7 @@ class QuantizedLinear(nn.Linear):
         kind: the format and the shape (N, K).
         compute_dtype: the dtype that base products take and give; PEFT makes adapters in it.
         recipe: how the layer multiplies, and its scaling state.
+        shared_input: the `merged.projections.SharedInput` of which the layer is a member; empty if it is alone.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class QuantizedLinear(nn.Linear):
         else:
             self.register_parameter("bias", None)
         self.recipe: RecipeLayer = Bf16()
+        self.shared_input: tuple[Any, ...] = ()
 
     @classmethod
     def from_parts(
@@ -91,35 +93,27 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], multiplied in `compute_dtype` (under autocast in its dtype) as the recipe says."""
-        device, dtype, autocast = self._arithmetic(x)
-        with torch.autocast(device, enabled=False):  # float32 products inside a recipe are meant to be that
-            y = self.recipe.multiply(x.to(dtype), self.kind, self.parts, self._bias(dtype))
-        return y if autocast else y.to(x.dtype)
+        shared = self.shared_input[0].take(self, x) if self.shared_input else None
+        return self.multiply(x) if shared is None else shared
 
-    def forward_with_lora(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        """`forward` plus scaling * (x A^T) B^T, in one autograd function and in the same dtype.
+    def multiply(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
+        """`forward`, plus an adapter's product in one autograd function and in the same dtype.
 
         Args:
             x: [..., K].
-            lora_a: A [r, K].
-            lora_b: B [N, r].
-            scaling: alpha / r, or what PEFT makes of it.
+            adapter: A [r, K], B [N, r] and scaling.
         """
-        device, dtype, autocast = self._arithmetic(x)
-        adapter = (lora_a.to(dtype), lora_b.to(dtype), scaling)
-        with torch.autocast(device, enabled=False):
-            operands = self.recipe.operands(self.kind, self.parts)
-            y = multiply_with_lora(x.to(dtype), self._bias(dtype), adapter, operands)
+        device, dtype, autocast = arithmetic(x, self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(device, enabled=False):  # float32 products inside a recipe are meant to be that
+            if adapter is None:
+                y = self.recipe.multiply(x.to(dtype), self.kind, self.parts, bias)
+            else:
+                cast = Adapter(adapter.lora_a.to(dtype), adapter.lora_b.to(dtype), adapter.scaling)
+                place = Placement(((0, self.out_features),), (cast.lora_a.shape[0],), cast.scaling)
+                operands = self.recipe.operands(self.kind, self.parts)
+                y = multiply_with_adapters(x.to(dtype), bias, [cast], place, operands)
         return y if autocast else y.to(x.dtype)
-
-    def _arithmetic(self, x: Tensor) -> tuple[str, torch.dtype, bool]:
-        """(device type, dtype of the products, whether autocast chose it)."""
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        return device, torch.get_autocast_dtype(device) if autocast else self.compute_dtype, autocast
-
-    def _bias(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(dtype)
 
     def reset_parameters(self) -> None:
         """Does nothing: packed weights have no random state."""
@@ -154,3 +148,16 @@ class QuantizedLinear(nn.Linear):
         others = dict(self._parameters)
         self._parameters.clear()
         self._parameters.update({**packed, **others})  # type: ignore[dict-item]
+
+
+def arithmetic(x: Tensor, compute_dtype: torch.dtype) -> tuple[str, torch.dtype, bool]:
+    """(device type, dtype of a layer's products, whether autocast chose it)."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return device, torch.get_autocast_dtype(device) if autocast else compute_dtype, autocast
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its `forward`."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)

@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from surogate_load.errors import MergeUnsupportedError
-from surogate_load.linear import QuantizedLinear
+from surogate_load.linear import QuantizedLinear, has_hooks
+from surogate_load.recipes.product import Adapter
 from surogate_load.recipes.token_gradient import AdapterLinear
 
 _MERGE = (
@@ -32,12 +33,13 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., K] to [..., N]."""
-        adapter = None if args or kwargs else self._plain_adapter()
+        adapter = None if args or kwargs else self.plain_adapter()
         if adapter is None:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
-        lora_a, lora_b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        fused: Tensor = self.base_layer.forward_with_lora(x, lora_a, lora_b, self.scaling[adapter])
+        base = self.base_layer
+        shared = base.shared_input[0].take(self, x) if base.shared_input else None
+        fused: Tensor = base.multiply(x, adapter) if shared is None else shared
         return fused
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +60,7 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
         """Raises `MergeUnsupportedError`."""
         raise MergeUnsupportedError(_MERGE)
 
-    def _plain_adapter(self) -> str | None:
+    def plain_adapter(self) -> Adapter | None:
         """The one active adapter, if all there is to do is to add its product."""
         if self.disable_adapters or self.merged or type(self.base_layer) is not QuantizedLinear:
             return None
@@ -70,18 +72,14 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
         if isinstance(dropout, nn.Dropout) and dropout.p and dropout.training:
             return None
         plain = all(type(linear) is nn.Linear and linear.bias is None for linear in (lora_a, lora_b))
-        return name if plain and not any(map(_has_hooks, (self.base_layer, dropout, lora_a, lora_b))) else None
+        if not plain or any(map(has_hooks, (self.base_layer, dropout, lora_a, lora_b))):
+            return None
+        return Adapter(lora_a.weight, lora_b.weight, self.scaling[name])
 
     def _adopt(self, adapter_name: str) -> None:
         recipe = self.get_base_layer().recipe
         for adapters in (self.lora_A, self.lora_B):
             adapters[adapter_name] = recipe.adapter_linear(_plain(adapters[adapter_name]))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its `forward`."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
 
 
 def _plain(linear: nn.Linear) -> nn.Linear:

@@ -1,8 +1,9 @@
-"""The products of a packed base weight, and of an adapter beside it, as one autograd function each."""
+"""The products of a packed base weight, and of adapters beside it, as one autograd function each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -32,6 +33,29 @@ class Operands(NamedTuple):
     parts: tuple[Tensor, ...]
 
 
+class Adapter(NamedTuple):
+    """scaling * B A with A [r, K] and B [N, r]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where adapters stand beside a weight whose rows belong to several layers, one after the other.
+
+    Attributes:
+        rows: (first, end) row of the weight for each adapter.
+        ranks: of each.
+        scaling: of all.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    ranks: tuple[int, ...]
+    scaling: float
+
+
 def bias_gradient(gradient: Tensor, wanted: bool) -> Tensor | None:
     """The sum of [..., N] over all but the last axis, if wanted."""
     return gradient.reshape(-1, gradient.shape[-1]).sum(0) if wanted else None
@@ -56,10 +80,10 @@ class PackedLinear(torch.autograd.Function):
 
 
 class PackedLoraLinear(torch.autograd.Function):
-    """x W^T + bias + scaling * (x A^T) B^T with A [r, K] and B [N, r] in the dtype of x.
+    """x W^T + bias + scaling * (x A^T) B^T, the adapters' A one below the other, their B block-diagonal.
 
-    Saves x, x A^T, A, B and the packed parts. The adapter's two large results are added where the base's stand, so that
-    neither is written twice.
+    Saves x, scaling * x A^T, A, B and the packed parts. The adapters' two large results are added where the base's
+    stand, so that neither is written twice.
     """
 
     @staticmethod
@@ -67,18 +91,20 @@ class PackedLoraLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
+        placement: Placement,
         product: Product,
         state: Any,
-        *parts: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
-        """[..., K] to [..., N]."""
-        ctx.product, ctx.state, ctx.scaling = product, state, scaling
+        """[..., K] to [..., N]; `tensors` are every adapter's A, every adapter's B, and the packed parts."""
+        count = len(placement.ranks)
+        parts = tensors[2 * count :]
         y = product.forward(x, bias, state, parts)
-        xa = _rows(x) @ lora_a.t()
-        torch.ops.surogate.add_product_(y.view(-1, y.shape[-1]), xa, lora_b.t(), scaling)
+        lora_a = _below_each_other(tensors[:count])
+        lora_b = _block_diagonal(tensors[count : 2 * count], placement, y.shape[-1])
+        xa = torch.ops.surogate.scaled_product(_rows(x), lora_a.t(), placement.scaling)
+        torch.ops.surogate.add_product_(y.view(-1, y.shape[-1]), xa, lora_b.t(), 1.0)
+        ctx.product, ctx.state, ctx.placement = product, state, placement
         ctx.save_for_backward(x, xa, lora_a, lora_b, *parts)
         return y
 
@@ -86,26 +112,45 @@ class PackedLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         """Gives dx and the gradients of bias, A and B."""
         x, xa, lora_a, lora_b, *parts = ctx.saved_tensors
-        dy = _rows(gradient)
-        dya = torch.ops.surogate.scaled_product(dy, lora_b, ctx.scaling)
-        da = dya.t() @ _rows(x) if ctx.needs_input_grad[2] else None
-        db = torch.ops.surogate.scaled_product(dy.t(), xa, ctx.scaling) if ctx.needs_input_grad[3] else None
+        placement, dy = ctx.placement, _rows(gradient)
+        dya = torch.ops.surogate.scaled_product(dy, lora_b, placement.scaling)
+        da = (dya.t() @ _rows(x)).split(placement.ranks)
+        db = _diagonal_blocks(dy.t() @ xa, placement)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ctx.product.input_gradient(gradient, ctx.state, parts)
             torch.ops.surogate.add_product_(dx.view(-1, dx.shape[-1]), dya, lora_a, 1.0)
         bias = bias_gradient(gradient, ctx.needs_input_grad[1])
-        return dx, bias, da, db, None, None, None, *(None for _ in parts)
+        return dx, bias, None, None, None, *da, *db, *(None for _ in parts)
+
+
+def multiply_with_adapters(
+    x: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], placement: Placement, operands: Operands
+) -> Tensor:
+    """See `PackedLoraLinear`."""
+    product, state, parts = operands
+    tensors = (*(a.lora_a for a in adapters), *(a.lora_b for a in adapters), *parts)
+    y: Tensor = PackedLoraLinear.apply(x, bias, placement, product, state, *tensors)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def multiply_with_lora(
-    x: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor, float], operands: Operands
-) -> Tensor:
-    """See `PackedLoraLinear`; `adapter` is (A, B, scaling)."""
-    product, state, parts = operands
-    y: Tensor = PackedLoraLinear.apply(x, bias, *adapter, product, state, *parts)  # type: ignore[no-untyped-call]
-    return y
+def _below_each_other(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(tuple(matrices))
+
+
+def _block_diagonal(matrices: Sequence[Tensor], placement: Placement, rows: int) -> Tensor:
+    if placement.rows == ((0, rows),):
+        return matrices[0]
+    columns = []
+    for (first, end), matrix in zip(placement.rows, matrices, strict=True):
+        columns.append(torch.nn.functional.pad(matrix, (0, 0, first, rows - end)))
+    return torch.cat(columns, dim=1)
+
+
+def _diagonal_blocks(matrix: Tensor, placement: Placement) -> list[Tensor]:
+    columns = torch.split(matrix, list(placement.ranks), dim=1)
+    return [column[first:end].contiguous() for (first, end), column in zip(placement.rows, columns, strict=True)]

@@ -1,0 +1,174 @@
+"""Layers that read the same activations, multiplied as one: the same weights, numbers and gradients as alone."""
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import torch
+from runtime.layers import KINDS
+from runtime.weights import make_weight
+
+from surogate_formats.layouts import settle
+from surogate_load import load_model
+from surogate_load.linear import QuantizedLinear
+from surogate_load.merged import projections
+from surogate_load.merged.weights import merge
+from surogate_load.weight import WeightKind, to_torch
+
+IDS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def packed(kind, shapes, *, global_amax=None):
+    fmt, _ = settle(KINDS[kind].name, vars(KINDS[kind]))
+    kinds, parts = [], []
+    for seed, shape in enumerate(shapes):
+        weight = make_weight("random", shape, seed) * np.float32(0.1)
+        weight[0, 0] = 0.75  # one amax, as a fused group has
+        kinds.append(WeightKind(fmt, shape))
+        parts.append(tuple(to_torch(part) for part in fmt.quantize(weight).values()))
+    return kinds, parts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weights_dequantize_alike(kind):
+    kinds, parts = packed(kind, [(128, 128), (256, 128), (128, 128)])
+    merged_kind, merged_parts = merge(kinds, parts)
+    assert [tuple(part.shape) for part in merged_parts] == [spec.shape for spec in merged_kind.specs.values()]
+    dense = merged_kind.dequantize(merged_parts, torch.float32)
+    assert torch.equal(dense, torch.cat([k.dequantize(p, torch.float32) for k, p in zip(kinds, parts, strict=True)]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("nf4", [(64, 64), (64, 64)]),  # ends within a group of 256 blocks
+        ("nf4-none", [(3, 32), (64, 32)]),  # ends within a block
+        ("fp8-block", [(64, 128), (128, 128)]),  # ends within a tile
+        ("nf4", [(128, 128), (128, 256)]),
+    ],
+)
+def test_what_has_no_packed_form_stays_alone(kind, shapes):
+    assert merge(*packed(kind, shapes)) is None
+
+
+def test_different_global_scales_stay_alone():
+    kinds, parts = packed("fp4", [(32, 32), (32, 32)])
+    parts[1] = (*parts[1][:2], parts[1][2] * 2)
+    assert merge(kinds, parts) is None
+
+
+def alone(path, monkeypatch, **arguments):
+    with monkeypatch.context() as patch:
+        patch.setattr(projections, "GROUPS", ())
+        return load_model(path, **arguments)
+
+
+def adapt(model, **settings):
+    torch.manual_seed(1)
+    chosen = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False, **settings}
+    return peft.get_peft_model(model, peft.LoraConfig(**chosen)).train()
+
+
+def step(model):
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def count_products(monkeypatch):
+    """A list that gets the rows of each base weight that is multiplied in a forward."""
+    rows, original = [], WeightKind.dequantize
+    monkeypatch.setattr(
+        WeightKind, "dequantize", lambda self, *rest: rows.append(self.shape[0]) or original(self, *rest)
+    )
+    return rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("settings", "products"),
+    [
+        ({}, 4),
+        ({"target_modules": ["q_proj", "v_proj", "up_proj"]}, 4),
+        ({"target_modules": ["down_proj"]}, 4),
+        ({"rank_pattern": {"k_proj": 2, "up_proj": 8}, "alpha_pattern": {"k_proj": 8, "up_proj": 32}}, 4),
+        ({"alpha_pattern": {"k_proj": 32}}, 6),
+        ({"lora_dropout": 0.5}, 7),
+        ({"use_dora": True}, None),
+    ],
+)
+def test_one_product_for_each_group(artifact, monkeypatch, kind, settings, products):
+    path = artifact(kind, num_hidden_layers=1, num_key_value_heads=4)
+    model, reference = load_model(path, dtype=torch.float32), alone(path, monkeypatch, dtype=torch.float32)
+    model, reference = adapt(model, **settings), adapt(reference, **settings)
+    torch.manual_seed(2)
+    wanted, expected = step(reference)
+    rows = count_products(monkeypatch)
+    torch.manual_seed(2)
+    found, gradients = step(model)
+    assert products is None or len(rows) == products
+    torch.testing.assert_close(found, wanted)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def linked(model):
+    layer = model.model.layers[0].self_attn
+    merged = layer.merged_q_proj.parts[0]
+    first = 0
+    for member in (layer.q_proj, layer.k_proj, layer.v_proj):
+        codes = getattr(member, "base_layer", member).parts[0]
+        if codes.data_ptr() != merged[first:].data_ptr():
+            return False
+        first += codes.shape[0]
+    return True
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8-tensor"])
+def test_nothing_is_held_twice_and_moves_keep_it_so(artifact, kind):
+    model = load_model(artifact(kind, num_key_value_heads=4))
+    assert linked(model)
+    assert linked(model.to(torch.float32))
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(IDS).logits, model(IDS).logits)
+    assert linked(copied)
+    assert not any("merged" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "fp8-tensor", "fp8-channel"])
+def test_a_loaded_state_is_taken_over(artifact, kind):
+    model = load_model(artifact(kind, num_key_value_heads=4))
+    other = load_model(artifact(kind, num_key_value_heads=4))
+    layer = other.model.layers[0].self_attn.v_proj
+    with torch.no_grad():
+        layer.parts[0].view(torch.uint8).bitwise_xor_(0x80)
+        scale = layer.parts[3] if kind == "nf4" else layer.parts[1]
+        scale.copy_((scale.float() * 0.5).to(scale.dtype))
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        x = torch.randn(3, 128, dtype=torch.bfloat16)
+        attention = model.model.layers[0].self_attn
+        torch.testing.assert_close(attention.v_proj(x), layer.multiply(x))
+    assert linked(model)
+
+
+def test_a_member_called_with_something_else(artifact):
+    model = load_model(artifact("nf4", num_key_value_heads=4), dtype=torch.float32)
+    attention = model.model.layers[0].self_attn
+    x, other = torch.randn(3, 128), torch.randn(3, 128)
+    expected = {name: getattr(attention, name).multiply(x) for name in ("q_proj", "k_proj", "v_proj")}
+    torch.testing.assert_close(attention.k_proj(x), expected["k_proj"])
+    torch.testing.assert_close(attention.q_proj(other), attention.q_proj.multiply(other))
+    torch.testing.assert_close(attention.v_proj(x), expected["v_proj"])
+    torch.testing.assert_close(attention.v_proj(x), expected["v_proj"])
+
+
+def test_a_listener_hears_its_layer(artifact):
+    model = load_model(artifact("nf4", num_key_value_heads=4))
+    heard = []
+    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, y: heard.append(y))
+    model(IDS)
+    assert len(heard) == 1
+    assert isinstance(model.model.layers[0].self_attn.k_proj, QuantizedLinear)
