@@ -233,7 +233,26 @@ def _write_profile(step: Callable, path: Path) -> None:
         torch.cuda.synchronize()
     path.parent.mkdir(parents=True, exist_ok=True)
     averages = profiler.key_averages()
-    path.write_text(averages.table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90))
+    table = averages.table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
+    path.write_text(_gaps(profiler) + table)
+
+
+def _gaps(profiler) -> str:
+    """How long the GPU did nothing, and after which kernels."""
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name) for e in profiler.events() if "CUDA" in str(e.device_type)
+    )
+    idle: dict[str, list[float]] = {}
+    until, busy, last = spans[0][0], 0.0, ""
+    for start, end, name in spans:
+        if start > until:
+            idle.setdefault(last, []).append(start - until)
+        busy += max(0.0, end - max(start, until))
+        until, last = max(until, end), name
+    longest = sorted(idle.items(), key=lambda item: -sum(item[1]))[:25]
+    lines = [f"{len(spans)} kernels, busy {busy / 1e3:.2f} ms of {(until - spans[0][0]) / 1e3:.2f} ms; idle after:"]
+    lines += [f"{sum(v) / 1e3:8.3f} ms in {len(v):5d}, longest {max(v):8.1f} us: {n[:80]}" for n, v in longest]
+    return "\n".join(lines) + "\n"
 
 
 def _print(results: list[dict]) -> None:

@@ -40,6 +40,7 @@ class MicroStep:
         self.graphs = graphs
         self._captures: dict[Any, Capture] = {}
         self._gradients: Gradients | None = None
+        self._scales: dict[float, Tensor] = {}
         self._said: set[str] = set()
 
     def __call__(self, *, gradient_scale: Tensor | float = 1.0, **batch: Any) -> Tensor:
@@ -56,7 +57,7 @@ class MicroStep:
         reason = why_eager(self.model, batch)
         if reason is None:
             device = next(self.model.parameters()).device
-            given = {**_on_device(batch, device), "gradient_scale": torch.as_tensor(gradient_scale, device=device)}
+            given = {**_on_device(batch, device), "gradient_scale": self._scale(gradient_scale, device)}
             captured = self._captured(given)
             if captured is not None:
                 return captured.replay(given)
@@ -79,6 +80,14 @@ class MicroStep:
         if key not in self._captures and len(self._captures) < self.graphs:
             self._captures[key] = Capture(self.model, given, self._gradients)
         return self._captures.get(key)
+
+    def _scale(self, value: Tensor | float, device: torch.device) -> Tensor:
+        """On the device; numbers are kept there, since copying one would wait for all that is queued."""
+        if isinstance(value, Tensor):
+            return value.to(device, torch.float32, non_blocking=True).reshape(())
+        if value not in self._scales:
+            self._scales[value] = torch.tensor(value, dtype=torch.float32, device=device)
+        return self._scales[value]
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
