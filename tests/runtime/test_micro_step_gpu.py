@@ -129,7 +129,7 @@ def test_nothing_waits_for_the_gpu(artifact):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for ids in BATCHES:
-            step(input_ids=ids, labels=ids, gradient_scale=torch.ones((), device="cuda"))
+            step(input_ids=ids, labels=ids, gradient_scale=0.5, num_items_in_batch=7)
             model.zero_grad()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -40,7 +40,6 @@ class MicroStep:
         self.graphs = graphs
         self._captures: dict[Any, Capture] = {}
         self._gradients: Gradients | None = None
-        self._scales: dict[float, Tensor] = {}
         self._said: set[str] = set()
 
     def __call__(self, *, gradient_scale: Tensor | float = 1.0, **batch: Any) -> Tensor:
@@ -57,7 +56,7 @@ class MicroStep:
         reason = why_eager(self.model, batch)
         if reason is None:
             device = next(self.model.parameters()).device
-            given = {**_on_device(batch, device), "gradient_scale": self._scale(gradient_scale, device)}
+            given = {**_on_device(batch, device), "gradient_scale": _scalar(gradient_scale, device)}
             captured = self._captured(given)
             if captured is not None:
                 return captured.replay(given)
@@ -81,14 +80,6 @@ class MicroStep:
             self._captures[key] = Capture(self.model, given, self._gradients)
         return self._captures.get(key)
 
-    def _scale(self, value: Tensor | float, device: torch.device) -> Tensor:
-        """On the device; numbers are kept there, since copying one would wait for all that is queued."""
-        if isinstance(value, Tensor):
-            return value.to(device, torch.float32, non_blocking=True).reshape(())
-        if value not in self._scales:
-            self._scales[value] = torch.tensor(value, dtype=torch.float32, device=device)
-        return self._scales[value]
-
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
@@ -106,9 +97,18 @@ def _on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     """Tensors on the device; a number that differs from batch to batch becomes one."""
     given = dict(batch)
     for name, value in batch.items():
-        if isinstance(value, Tensor) or (name == "num_items_in_batch" and value is not None):
-            given[name] = torch.as_tensor(value).to(device, non_blocking=True)
+        if isinstance(value, Tensor):
+            given[name] = value.to(device, non_blocking=True)
+        elif name == "num_items_in_batch" and value is not None:
+            given[name] = _scalar(value, device)
     return given
+
+
+def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    """A number on the device; filled in there, since copying it would wait for all that is queued."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return torch.full((), value, device=device)
 
 
 def _key(given: Mapping[str, Any]) -> tuple[Any, ...]:
