@@ -45,7 +45,7 @@ def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> No
     notes = Notes()
     for name, layer in layers.items():
         with torch.no_grad():
-            made = RECIPE_LAYERS[recipe.name](PackedWeight(name, layer.kind, layer.parts), recipe, notes)
+            made = RECIPE_LAYERS[recipe.name](PackedWeight(name, layer.kind, layer.parts), recipe, notes, emulate)
         layer.recipe = made.to(layer.parts[0].device).train(layer.training)
     for module in model.modules():
         if callable(adopt := getattr(module, "adopt_recipe", None)):

@@ -52,6 +52,8 @@ def test_every_format_has_a_kernel_for_every_result():
         "nvfp4": 4,
         "fp8": 4,
         "cross_entropy": 3,
+        "quantize_fp8": 9,
+        "transpose": 1,
     }
     for module in ("nf4", "nvfp4", "fp8"):
         assert {name.split("_", name.count("_") - name.endswith("e4m3fn"))[-1] for name in kernel_names(module)} == set(

@@ -87,6 +87,38 @@ __device__ __forceinline__ u32 to_e4m3_pair(float low, float high) {
 #endif
 }
 
+// Saturates at the largest finite value; NaN stays NaN.
+__device__ __forceinline__ u32 to_e5m2_pair(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    u16 pair;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    u32 pair = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float x = i ? high : low;
+        float magnitude = smaller(__uint_as_float(bits_of(x) & 0x7FFFFFFFu), E5M2_MAX);
+        // As in E4M3: multiples of 2^-16 below 2^-14, two bits of mantissa, bias 15.
+        u32 subnormal = bits_of(add(magnitude, 128.0f)) & 0x7u;
+        u32 raised = bits_of(magnitude) + 0xFFFFFu + ((bits_of(magnitude) >> 21) & 1u);
+        u32 code = bits_of(magnitude) < 0x38800000u ? subnormal : (raised >> 21) - (112u << 2);
+        pair |= ((is_nan(x) ? 0x7Fu : code) | (bits_of(x) >> 24 & 0x80u)) << (8 * i);
+    }
+    return pair;
+#endif
+}
+
+// The largest of a warp.
+__device__ __forceinline__ u32 largest_of_warp(u32 mine) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xFFFFFFFFu, mine);
+#else
+    for (int step = 16; step; step /= 2) mine = max(mine, __shfl_xor_sync(0xFFFFFFFFu, mine, step));
+    return mine;
+#endif
+}
+
 // The values of the low two bytes of `pair`.
 __device__ __forceinline__ void from_e4m3_pair(u32 pair, float& low, float& high) {
 #if __CUDA_ARCH__ >= 890

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from surogate_formats.fp8 import TILE
 from surogate_formats.nf4 import BLOCKS_PER_GROUP
-from surogate_formats.tables import E2M1_VALUES, E4M3_MAX, NF4_CODEBOOK
+from surogate_formats.tables import E2M1_VALUES, E4M3_MAX, E5M2_MAX, NF4_CODEBOOK
 
 OPTIONS = ("-fmad=false",)
 """Compiler options: no product is fused with a sum; the numpy definition rounds each on its own."""
@@ -17,6 +17,8 @@ OPTIONS = ("-fmad=false",)
 MODULES = {
     **{name: ("conversions", "dequantize", name) for name in ("nf4", "nvfp4", "fp8")},
     "cross_entropy": ("conversions", "cross_entropy"),
+    "quantize_fp8": ("conversions", "quantize_fp8"),
+    "transpose": ("conversions", "transpose"),
 }
 """Module name to the `.cu` files that make it up, in order."""
 
@@ -37,6 +39,11 @@ TILE_VALUES = LANES * CHUNK * CHUNKS * WARPS
 
 _KERNELS = re.compile(r"^KERNELS\((\w+),", re.MULTILINE)
 _CROSS_ENTROPIES = re.compile(r"^CROSS_ENTROPY\((\w+),", re.MULTILINE)
+_FP8_KERNELS = re.compile(r"^FP8_KERNELS\((\w+),", re.MULTILINE)
+_SINGLE = re.compile(r"^extern \"C\" __global__ void .* (\w+)\(const __grid", re.MULTILINE)
+
+FP8_KERNELS = ("fp8_amax", "to_e4m3", "to_e5m2")
+"""The kernels of quantize_fp8.cu, which exist for every dtype of their source."""
 
 RESULTS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 """The dtypes that each kernel exists for, as its name ends."""
@@ -53,6 +60,24 @@ LAUNCH = struct.Struct("=3Qq")
 
 CROSS_ENTROPY = struct.Struct("=4Qq2f2I")
 """`CrossEntropy` of cross_entropy.cu."""
+
+QUANTIZE_FP8 = struct.Struct("=7Q2q3f2I4x")
+"""`QuantizeFp8` of quantize_fp8.cu."""
+
+FP8_THREADS = 256
+"""Threads of a block there."""
+
+FP8_BLOCKS = 264
+"""Blocks that look for an amax: two for each multiprocessor of the largest GPUs of today."""
+
+TRANSPOSE = struct.Struct("=2Q2q")
+"""`Transpose` of transpose.cu."""
+
+TRANSPOSE_SIDE = 128
+"""Rows and columns of bytes that a thread block transposes."""
+
+TRANSPOSE_THREADS = 256
+"""Threads of a block there."""
 
 CROSS_ENTROPY_THREADS = 1024
 """Threads of a block there: a multiprocessor holds one such block of the compiler's size, or two."""
@@ -79,6 +104,13 @@ def _constants() -> dict[str, str]:
         "WEIGHT_BYTES": str(WEIGHT.size),
         "LAUNCH_BYTES": str(LAUNCH.size + WEIGHT.size),
         "TILE_SIDE": str(TILE),
+        "E5M2_MAX": _float(float(E5M2_MAX)),
+        "QUANTIZE_FP8_BYTES": str(QUANTIZE_FP8.size),
+        "FP8_THREADS": str(FP8_THREADS),
+        "FP8_BLOCKS": str(FP8_BLOCKS),
+        "TRANSPOSE_BYTES": str(TRANSPOSE.size),
+        "TRANSPOSE_SIDE": str(TRANSPOSE_SIDE),
+        "TRANSPOSE_THREADS": str(TRANSPOSE_THREADS),
         "CROSS_ENTROPY_BYTES": str(CROSS_ENTROPY.size),
         "CROSS_ENTROPY_THREADS": str(CROSS_ENTROPY_THREADS),
         **{f"SCALE_PER_{name.upper().replace('BLOCK', 'TILE')}": str(value) for name, value in SCALINGS.items()},
@@ -97,4 +129,5 @@ def kernel_names(module: str) -> list[str]:
     """Every kernel of a module."""
     text = (Path(__file__).parent / f"{module}.cu").read_text(encoding="utf-8")
     made = [f"{kernel}_{result}" for kernel in _KERNELS.findall(text) for result in RESULTS]
-    return made + _CROSS_ENTROPIES.findall(text)
+    made += [f"{kernel}_{source}" for source in _FP8_KERNELS.findall(text) for kernel in FP8_KERNELS]
+    return made + _CROSS_ENTROPIES.findall(text) + _SINGLE.findall(text)

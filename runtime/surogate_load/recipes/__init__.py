@@ -13,11 +13,11 @@ from surogate_load.recipes.nvfp4 import Nvfp4
 
 __all__ = ["RECIPE_LAYERS", "RecipeLayer"]
 
-Builder = Callable[[PackedWeight, Recipe, Notes], RecipeLayer]
+Builder = Callable[[PackedWeight, Recipe, Notes, bool], RecipeLayer]
 
 RECIPE_LAYERS: dict[str, Builder] = {
     "bf16": Bf16.build,
     "fp8-hybrid": Fp8Hybrid.build,
     "nvfp4": Nvfp4.build,
 }
-"""What makes a layer's arithmetic, by the name of the recipe."""
+"""What makes a layer's arithmetic, by the name of the recipe; the last argument asks for its emulation."""

@@ -32,7 +32,7 @@ class Bf16(RecipeLayer):
     """Exactly the products of the dense model that holds the dequantized weights; no state."""
 
     @classmethod
-    def build(cls, weight: PackedWeight, recipe: Recipe, notes: Notes) -> Bf16:
+    def build(cls, weight: PackedWeight, recipe: Recipe, notes: Notes, emulate: bool) -> Bf16:
         """Nothing depends on the weight or the switches."""
         return cls()
 

@@ -33,9 +33,10 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
         )
     if recipe.name == "nvfp4" and recipe.backend == "cudnn" and find_spec("cudnn") is None:
         raise BackendUnavailableError("backend cudnn: pip install nvidia-cudnn-frontend, or use backend cutlass")
-    raise UnsupportedDeviceError(
-        f"recipe {recipe.name}: this version has no kernels for compute capability {_dotted(has)}: {_ADVICE}"
-    )
+    if recipe.name == "nvfp4":
+        raise UnsupportedDeviceError(
+            f"recipe nvfp4: this version has no kernels for compute capability {_dotted(has)}: {_ADVICE}"
+        )
 
 
 def _dotted(capability: tuple[int, int]) -> str:

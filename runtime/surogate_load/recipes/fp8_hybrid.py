@@ -1,6 +1,6 @@
 """Recipe fp8-hybrid: E4M3 x E4M3 forward, E5M2 x E4M3 for the gradient of x, delayed scales for x and dy.
 
-The products here are emulated: the quantized operands are multiplied in float32.
+On tensor cores, or emulated: the same quantized operands multiplied in float32.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from surogate_formats.fp8 import FP8
 from surogate_formats.recipe import Recipe
 from surogate_load.recipes.delayed import DelayedScale
 from surogate_load.recipes.fp8_weight import E4M3, E4m3Source, Factors
@@ -21,6 +22,9 @@ from surogate_load.recipes.product import Operands
 from surogate_load.weight import WeightKind
 
 E5M2 = torch.float8_e5m2
+
+_SIDE = 16
+"""Tensor cores take sides of an FP8 matrix that are multiples of this."""
 
 
 class _State(NamedTuple):
@@ -50,25 +54,89 @@ class _Fp8Product:
     def forward(self, x: Tensor, bias: Tensor | None, state: _State, parts: Sequence[Tensor]) -> Tensor:
         factors = state.factors
         codes, decode = torch.ops.surogate.quantize_fp8(x, None, *state.input, self.record, self.margin, E4M3)
-        matrix = self.kind.dequantize(parts, self.dtype, factors.multiplier)
-        y = codes.float() @ matrix.float().t() * _product(decode, factors.whole)
-        if factors.rows is not None:
-            y = y * factors.rows
-        result: Tensor = (y if bias is None else y + bias.float()).to(x.dtype)
-        return result
+        return self._forward_product(codes, decode, bias, factors, parts, x.dtype)
 
     def input_gradient(self, gradient: Tensor, state: _State, parts: Sequence[Tensor]) -> Tensor:
         factors = state.factors
         codes, decode = torch.ops.surogate.quantize_fp8(
             gradient, factors.rows, *state.gradient, self.record, self.margin, E5M2
         )
+        return self._gradient_product(codes, decode, factors, parts, gradient)
+
+    def _forward_product(
+        self,
+        codes: Tensor,
+        decode: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+        parts: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        matrix = self.kind.dequantize(parts, self.dtype, factors.multiplier)
+        y = codes.float() @ matrix.float().t() * _product(decode, factors.whole)
+        if factors.rows is not None:
+            y = y * factors.rows
+        return (y if bias is None else y + bias.float()).to(dtype)
+
+    def _gradient_product(
+        self, codes: Tensor, decode: Tensor, factors: Factors, parts: Sequence[Tensor], gradient: Tensor
+    ) -> Tensor:
         matrix = self.kind.dequantize_for_backward(gradient, parts, self.dtype, factors.multiplier)
-        dx: Tensor = (codes.float() @ matrix.float() * _product(decode, factors.whole)).to(gradient.dtype)
-        return dx
+        return (codes.float() @ matrix.float() * _product(decode, factors.whole)).to(gradient.dtype)
+
+
+class _TensorCoreProduct(_Fp8Product):
+    """The same on tensor cores: sums in their precision, the result rounded once."""
+
+    def _forward_product(
+        self,
+        codes: Tensor,
+        decode: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+        parts: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        rows = codes.reshape(-1, codes.shape[-1])
+        matrix = parts[0] if self._takes_codes() else self.kind.dequantize(parts, E4M3, factors.multiplier)
+        scales = (decode, _one(decode) if factors.whole is None else factors.whole)
+        if factors.rows is not None:
+            scales = (decode.expand(rows.shape[0], 1).contiguous(), factors.rows.reshape(1, -1))
+        # Fewer bits in the sums, as NVIDIA's Transformer Engine has them in the forward; the gradient has them all.
+        y = torch._scaled_mm(rows, matrix.t(), *scales, out_dtype=dtype, use_fast_accum=True)
+        y = y if bias is None else y + bias
+        return y.reshape(*codes.shape[:-1], matrix.shape[0])
+
+    def _gradient_product(
+        self, codes: Tensor, decode: Tensor, factors: Factors, parts: Sequence[Tensor], gradient: Tensor
+    ) -> Tensor:
+        matrix = parts[0]
+        if not self._takes_codes():
+            matrix = self.kind.dequantize_for_backward(gradient, parts, E4M3, factors.multiplier)
+        transposed = torch.ops.surogate.transpose_bytes_for_backward(gradient, matrix)
+        rows = codes.reshape(-1, codes.shape[-1])
+        whole = _one(decode) if factors.whole is None else factors.whole
+        dx = torch._scaled_mm(rows, transposed.t(), decode, whole, out_dtype=gradient.dtype, use_fast_accum=False)
+        return dx.reshape(*codes.shape[:-1], matrix.shape[1])
+
+    def _takes_codes(self) -> bool:
+        """FP8 codes are the operand; other formats become one as they are dequantized."""
+        return self.dtype != E4M3
+
+
+def _one(like: Tensor) -> Tensor:
+    return torch.ones_like(like)
 
 
 def _product(decode: Tensor, whole: Tensor | None) -> Tensor:
     return decode if whole is None else decode * whole
+
+
+def tensor_core_obstacle(kind: WeightKind) -> str | None:
+    """What keeps tensor cores from multiplying with a weight."""
+    if isinstance(kind.format, FP8) and kind.format.scaling == "block":
+        return "128x128 scales have no product on tensor cores here"
+    return "N or K is not a multiple of 16" if any(side % _SIDE for side in kind.shape) else None
 
 
 class Fp8Hybrid(RecipeLayer):
@@ -80,18 +148,22 @@ class Fp8Hybrid(RecipeLayer):
         weight: how the format becomes an operand.
     """
 
-    def __init__(self, weight: PackedWeight, recipe: Recipe) -> None:
+    def __init__(self, weight: PackedWeight, recipe: Recipe, product: type[_Fp8Product]) -> None:
         """Fresh state."""
         super().__init__()
         self.input = DelayedScale(E4M3, recipe)
         self.gradient = DelayedScale(E5M2, recipe)
         self.weight = E4m3Source(weight)
         self._margin = recipe.margin
+        self._product = product
 
     @classmethod
-    def build(cls, weight: PackedWeight, recipe: Recipe, notes: Notes) -> Fp8Hybrid:
-        """Every weight can be multiplied so; there is nothing to say."""
-        return cls(weight, recipe)
+    def build(cls, weight: PackedWeight, recipe: Recipe, notes: Notes, emulate: bool) -> Fp8Hybrid:
+        """On tensor cores, unless emulated; what those can't multiply is emulated, and `notes` says so."""
+        reason = None if emulate else tensor_core_obstacle(weight.kind)
+        if reason is not None:
+            notes.add(f"{reason}: the base is multiplied in float32, slowly", weight.name)
+        return cls(weight, recipe, _Fp8Product if emulate or reason is not None else _TensorCoreProduct)
 
     def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
         """See `RecipeLayer.operands`. Records amax only where a training step is under way."""
@@ -99,5 +171,5 @@ class Fp8Hybrid(RecipeLayer):
         if record:
             self.input.check_watched()
         weight = self.weight.operand(kind, parts)
-        product = _Fp8Product(weight.kind, weight.dtype, self._margin, record)
+        product = self._product(weight.kind, weight.dtype, self._margin, record)
         return Operands(product, _State(self.input.state(), self.gradient.state(), weight.factors), weight.parts)

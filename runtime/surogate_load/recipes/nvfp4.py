@@ -80,7 +80,7 @@ class Nvfp4(RecipeLayer):
         self._tokens = TokenRounding(hadamard=not recipe.disable_rht, stochastic=self._stochastic)
 
     @classmethod
-    def build(cls, weight: PackedWeight, recipe: Recipe, notes: Notes) -> Nvfp4:
+    def build(cls, weight: PackedWeight, recipe: Recipe, notes: Notes, emulate: bool) -> Nvfp4:
         """Quantizes the weight, or its transpose, where the artifact's codes can't be multiplied as they stand."""
         return cls(make_weights(weight, recipe, notes), recipe, weight.name)
 
