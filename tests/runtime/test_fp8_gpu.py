@@ -115,6 +115,7 @@ def test_captured_steps_follow_the_emulation(artifact, kind):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        assert all((scale.scale > 0).all() for scale in delayed_scales(model))
+        # The first layer's input needs no gradient, so q, k and v there never quantize one.
+        assert sum(not scale.scale.item() for scale in delayed_scales(model)) == 3
         ends.append(losses)
     assert ends[1] == pytest.approx(ends[0], abs=0.03)
