@@ -24,4 +24,4 @@ def produces_fp8(op, arguments):
     copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
     results = op(*copies)
     results = results if isinstance(results, tuple) else (results,)
-    return any(result.dtype in FP8 for result in results)
+    return any(result is not None and result.dtype in FP8 for result in results)
