@@ -39,6 +39,10 @@ SIDE = 4096
 PAUSE = 0.2
 """Seconds before each run: OpenMP's threads spin for a while after theirs, which would slow the other side."""
 
+TURN = 0.3
+"""Seconds that a side runs in its turn, again and again if it is fast: what disturbs a machine for milliseconds would
+double a run of ten, and not one of three hundred."""
+
 MIB = 1 << 20
 
 
@@ -101,16 +105,24 @@ def bench_weight(case: Case, threads: int, rounds: int) -> Row:
 
 
 def _alternate(runs: list[Run], rounds: int) -> list[float]:
-    """The median seconds of each, after one run of each to warm up."""
+    """The median over its turns of each run's mean seconds in a turn, after one turn of each to warm up."""
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds + 1):
         for run, seconds in zip(runs, times, strict=True):
             time.sleep(PAUSE)
-            started = time.perf_counter()
-            run()
+            mean = _mean_seconds(run)
             if turn:
-                seconds.append(time.perf_counter() - started)
+                seconds.append(mean)
     return [statistics.median(seconds) for seconds in times]
+
+
+def _mean_seconds(run: Run) -> float:
+    started, count, passed = time.perf_counter(), 0, 0.0
+    while passed < TURN:
+        run()
+        count += 1
+        passed = time.perf_counter() - started
+    return passed / count
 
 
 def bench_file(name: str, file: Path, threads: int, rounds: int) -> Row:
