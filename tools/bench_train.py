@@ -48,9 +48,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs=2, default=(2, 2048), metavar=("ROWS", "TOKENS"))
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     parser.add_argument("--profile", type=Path, help="write the kernels' times of a step of each row to this folder")
+    parser.add_argument(
+        "--budget", type=float, default=1.0, help="share of the activations that torch.compile may save"
+    )
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "ROW"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
+        torch._functorch.config.activation_memory_budget = arguments.budget
         print(json.dumps(bench(*arguments.one, tuple(arguments.batch), arguments.profile)))
         return
     results = []
@@ -65,6 +69,7 @@ def main() -> None:
 
 def _in_a_process(size: str, row: str, arguments: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--one", size, row, "--batch", *map(str, arguments.batch)]
+    command += ["--budget", str(arguments.budget)]
     if arguments.profile:
         command += ["--profile", str(arguments.profile)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
