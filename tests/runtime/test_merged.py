@@ -165,6 +165,21 @@ def test_a_member_called_with_something_else(artifact):
     torch.testing.assert_close(attention.v_proj(x), expected["v_proj"])
 
 
+def test_the_same_tensor_changed_or_under_another_mode(artifact):
+    attention = load_model(artifact("nf4", num_key_value_heads=4), dtype=torch.float32).model.layers[0].self_attn
+    x = torch.randn(3, 128)
+    attention.q_proj(x)
+    x.mul_(2)
+    torch.testing.assert_close(attention.k_proj(x), attention.k_proj.multiply(x))
+    x = torch.randn(3, 128, requires_grad=True)
+    with torch.no_grad():
+        attention.q_proj(x)
+    assert attention.k_proj(x).requires_grad
+    with torch.inference_mode():
+        y = torch.randn(3, 128)
+        torch.testing.assert_close(attention.q_proj(y), attention.q_proj.multiply(y))
+
+
 def test_a_listener_hears_its_layer(artifact):
     model = load_model(artifact("nf4", num_key_value_heads=4))
     heard = []

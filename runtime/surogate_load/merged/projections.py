@@ -69,6 +69,7 @@ class SharedInput:
         for member in members:
             member.register_load_state_dict_post_hook(self._weight.refresh)  # type: ignore[no-untyped-call]
         self._x: Tensor | None = None
+        self._state: tuple[bool, int] = (False, 0)
         self._results: dict[str, Tensor] = {}
 
     def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -76,11 +77,12 @@ class SharedInput:
         name = next((name for name in self._names if self._parent._modules[name] is layer), None)
         if name is None:
             return None
-        if self._x is not x or name not in self._results:
+        state = _state(x)
+        if self._x is not x or self._state != state or name not in self._results:
             results = self._multiply(x)
             if results is None:
                 return None
-            self._x, self._results = x, results
+            self._x, self._state, self._results = x, state, results
         result = self._results.pop(name)
         if not self._results:
             self._x = None
@@ -127,6 +129,15 @@ class SharedInput:
         ends = [sum(self._sizes[: index + 1]) for index in range(len(self._sizes))]
         rows = tuple((ends[index] - self._sizes[index], ends[index]) for index, _ in present)
         return Placement(rows, tuple(a.lora_a.shape[0] for _, a in present), present[0][1].scaling)
+
+
+def _state(x: Tensor) -> tuple[bool, int]:
+    """What makes the same tensor another argument: whether gradients are wanted, and changes in place.
+
+    Compiled code sees the latter as another tensor; tensors of inference mode don't count theirs.
+    """
+    counted = not torch.compiler.is_compiling() and not x.is_inference()
+    return torch.is_grad_enabled(), x._version if counted else 0
 
 
 class _NoAdapter:
