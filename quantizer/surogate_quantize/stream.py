@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.dtypes import NUMPY
-from surogate_formats.errors import NonFiniteWeightError, SurogateError
 from surogate_formats.format import Parts
 from surogate_formats.layouts import StoredTensor
 from surogate_formats.manifest import TensorRecord
 from surogate_quantize.engine import CpuEngine, Errors
 from surogate_quantize.kept import COPY_PIECE, KeptTensor
-from surogate_quantize.pieces import Source
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.shard import ShardWriter
-
-READ_AHEAD = 128 << 20
-"""Bytes: a larger weight is not read while another is quantized, and fused groups are held up to this sum."""
+from surogate_quantize.weight_reader import READ_AHEAD, Weight, WeightReader, named
 
 WRITES_IN_FLIGHT = 3
 BYTES_IN_FLIGHT = 64 << 20
@@ -38,12 +33,6 @@ class Result:
     record: TensorRecord
     errors: Errors | None
     finite: bool
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    source: Source
-    amax: np.float32
 
 
 Progress = Callable[[PlannedTensor], None]
@@ -70,7 +59,7 @@ def run_stream(
         shards = [stack.enter_context(ShardWriter(path, _contents(plan, i))) for i, path in enumerate(paths)]
         reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="read"))
         writer = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="write"))
-        loader = _Loader(source, plan, engine)
+        weights = WeightReader(source, plan, engine)
         pending: deque[tuple[PlannedTensor, Future[Result]]] = deque()
 
         def settle(tensors: int, size: int) -> None:
@@ -79,12 +68,12 @@ def run_stream(
                 results[tensor.info.name] = future.result()
                 progress(tensor)
 
-        for tensor, loaded in _read_ahead(plan, loader, reader):
+        for tensor, loaded in _read_ahead(plan, weights, reader):
             shard = shards[tensor.shard]
             if loaded is None:
                 future = writer.submit(_copy, source, tensor, shard)
             else:
-                parts, errors = _quantize(source, plan, engine, loader, tensor, loaded)
+                parts, errors = _quantize(source, plan, engine, weights, tensor, loaded)
                 future = writer.submit(_write, tensor, shard, parts, errors)
                 del parts
             del loaded  # the next weight must not be read while this one is held
@@ -105,15 +94,15 @@ def _size_in_memory(tensor: PlannedTensor) -> int:
 
 
 def _read_ahead(
-    plan: Plan, loader: _Loader, reader: ThreadPoolExecutor
-) -> Iterator[tuple[PlannedTensor, _Loaded | None]]:
+    plan: Plan, weights: WeightReader, thread: ThreadPoolExecutor
+) -> Iterator[tuple[PlannedTensor, Weight | None]]:
     """Tensors in order, weights to be quantized with their values; the next one is read while one is worked on."""
-    ahead: dict[str, Future[_Loaded]] = {}
+    ahead: dict[str, Future[Weight]] = {}
     upcoming = deque(plan.quantized)
 
     def start_next() -> None:
         if upcoming and upcoming[0].info.name not in ahead and upcoming[0].info.nbytes <= READ_AHEAD:
-            ahead[upcoming[0].info.name] = reader.submit(loader.load, upcoming[0])
+            ahead[upcoming[0].info.name] = thread.submit(weights.load, upcoming[0])
 
     for tensor in plan.tensors:
         if not tensor.decision.quantize:
@@ -122,84 +111,18 @@ def _read_ahead(
             continue
         upcoming.popleft()
         waiting = ahead.pop(tensor.info.name, None)
-        loaded = waiting.result() if waiting else loader.load(tensor)
+        loaded = waiting.result() if waiting else weights.load(tensor)
         start_next()
         del waiting
         yield tensor, loaded
         del loaded
 
 
-class _Loader:
-    """Reads weights and their largest magnitudes; holds the members of a small fused group until they are asked for."""
-
-    def __init__(self, source: Checkpoint, plan: Plan, engine: CpuEngine) -> None:
-        self._source = source
-        self._engine = engine
-        self._tensors = {tensor.info.name: tensor for tensor in plan.tensors}
-        self._held: dict[str, _Loaded] = {}
-        self._amax: dict[str, np.float32] = {}
-        large = [tensor.info.nbytes for tensor in plan.quantized if tensor.info.nbytes > READ_AHEAD]
-        self._large = np.empty(max(large, default=0), np.uint8)
-
-    def load(self, tensor: PlannedTensor) -> _Loaded:
-        """The weight's values, and the largest magnitude of its fused group."""
-        name = tensor.info.name
-        loaded = self._held.pop(name, None) or self._read(tensor)
-        others = [self._tensors[member] for member in tensor.group if member not in self._amax]
-        held = sum(held.source.raw.nbytes for held in self._held.values())
-        hold = held + sum(member.info.nbytes for member in others) <= READ_AHEAD
-        for member in others:
-            if hold:
-                self._held[member.info.name] = self._read(member)
-            else:
-                self._measure(member)
-        return loaded
-
-    def group_amax(self, tensor: PlannedTensor) -> np.float32:
-        """The largest magnitude over the tensor's fused group, whose members `load` has seen."""
-        return max(self._amax[member] for member in tensor.group)
-
-    def _measure(self, tensor: PlannedTensor) -> None:
-        """Finds a weight's largest magnitude in pieces, without holding the weight."""
-        info, largest = tensor.info, np.float32(0)
-        buffer = np.empty(min(COPY_PIECE, info.nbytes), np.uint8)
-        try:
-            for offset in range(0, info.nbytes, COPY_PIECE):
-                count = self._source.read_into(info.name, buffer.data, offset)
-                piece = buffer[:count].view(NUMPY[info.dtype]).reshape(1, -1)
-                largest = max(largest, self._engine.amax(Source.of(piece, info.dtype)))
-        except NonFiniteWeightError:
-            self._read(tensor)  # raises with the index in the whole weight
-        self._amax[info.name] = largest
-
-    def _read(self, tensor: PlannedTensor) -> _Loaded:
-        info = tensor.info
-        # Large weights come one by one, into one buffer: a thread slow to let go of the last one's pieces
-        # would otherwise keep it in memory beside the next.
-        buffer = self._large[: info.nbytes] if info.nbytes > READ_AHEAD else np.empty(info.nbytes, np.uint8)
-        self._source.read_into(info.name, buffer.data)
-        source = Source.of(buffer.view(NUMPY[info.dtype]).reshape(info.shape), info.dtype)
-        with _named(self._source, tensor):
-            amax = self._amax[info.name] = self._engine.amax(source)
-        return _Loaded(source, amax)
-
-
-@contextmanager
-def _named(source: Checkpoint, tensor: PlannedTensor) -> Iterator[None]:
-    """Puts file and tensor in front of an error's message, keeping its class."""
-    try:
-        yield
-    except SurogateError as error:
-        where = f"{source.directory / source.tensors[tensor.info.name].file}: tensor {tensor.info.name}"
-        hint = f"repair the source, or leave it out with `skip` {tensor.module}"
-        raise type(error)(f"{where}: {error}; {hint}") from None
-
-
 def _quantize(
-    source: Checkpoint, plan: Plan, engine: CpuEngine, loader: _Loader, tensor: PlannedTensor, loaded: _Loaded
+    source: Checkpoint, plan: Plan, engine: CpuEngine, weights: WeightReader, tensor: PlannedTensor, loaded: Weight
 ) -> tuple[Parts, Errors]:
-    with _named(source, tensor):
-        return engine.quantize(plan.options.format, loaded.source, loaded.amax, loader.group_amax(tensor))
+    with named(source, tensor):
+        return engine.quantize(plan.options.format, loaded.source, loaded.amax, weights.group_amax(tensor))
 
 
 def _write(tensor: PlannedTensor, shard: ShardWriter, parts: Parts, errors: Errors) -> Result:

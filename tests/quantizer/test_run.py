@@ -19,7 +19,7 @@ from surogate_formats.checkpoint import read_header
 from surogate_formats.fp8 import FP8
 from surogate_quantize import make_options, quantize
 from surogate_quantize.plan import Plan
-from surogate_quantize.stream import COPY_PIECE
+from surogate_quantize.kept import COPY_PIECE
 
 FORMATS = [*NF4_FORMATS, *NVFP4_FORMATS, *(FP8(scaling) for scaling in ("tensor", "channel", "block"))]
 ONE_OF_EACH = ("nf4", "fp4", "fp8")
@@ -330,9 +330,10 @@ def test_fused_groups_share_one_amax_where_the_format_has_one_scale(source, tmp_
 
 
 def test_large_groups_are_read_twice_rather_than_held(source, tmp_path, monkeypatch):
-    from surogate_quantize import stream
+    from surogate_quantize import stream, weight_reader
 
     make(source, tmp_path / "held", "fp4")
-    monkeypatch.setattr(stream, "READ_AHEAD", 0)
+    for module in (stream, weight_reader):
+        monkeypatch.setattr(module, "READ_AHEAD", 0)
     make(source, tmp_path / "reread", "fp4")
     assert contents(tmp_path / "reread") == contents(tmp_path / "held")

@@ -1,0 +1,94 @@
+"""Reads weights that are to be quantized, and the largest magnitudes of their fused groups, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.dtypes import NUMPY
+from surogate_formats.errors import NonFiniteWeightError, SurogateError
+from surogate_quantize.engine import CpuEngine
+from surogate_quantize.kept import COPY_PIECE
+from surogate_quantize.pieces import Source
+from surogate_quantize.plan import Plan, PlannedTensor
+
+READ_AHEAD = 128 << 20
+"""Bytes: a larger weight is not read while another is quantized, and fused groups are held up to this sum."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight's values and its own largest magnitude."""
+
+    source: Source
+    amax: np.float32
+
+
+class WeightReader:
+    """Reads weights and their largest magnitudes; holds the members of a small fused group until they are asked for."""
+
+    def __init__(self, source: Checkpoint, plan: Plan, engine: CpuEngine) -> None:
+        self._source = source
+        self._engine = engine
+        self._tensors = {tensor.info.name: tensor for tensor in plan.tensors}
+        self._held: dict[str, Weight] = {}
+        self._amax: dict[str, np.float32] = {}
+        large = [tensor.info.nbytes for tensor in plan.quantized if tensor.info.nbytes > READ_AHEAD]
+        self._large = np.empty(max(large, default=0), np.uint8)
+
+    def load(self, tensor: PlannedTensor) -> Weight:
+        """The weight's values, and the largest magnitude of its fused group."""
+        name = tensor.info.name
+        loaded = self._held.pop(name, None) or self._read(tensor)
+        others = [self._tensors[member] for member in tensor.group if member not in self._amax]
+        held = sum(held.source.raw.nbytes for held in self._held.values())
+        hold = held + sum(member.info.nbytes for member in others) <= READ_AHEAD
+        for member in others:
+            if hold:
+                self._held[member.info.name] = self._read(member)
+            else:
+                self._measure(member)
+        return loaded
+
+    def group_amax(self, tensor: PlannedTensor) -> np.float32:
+        """The largest magnitude over the tensor's fused group, whose members `load` has seen."""
+        return max(self._amax[member] for member in tensor.group)
+
+    def _measure(self, tensor: PlannedTensor) -> None:
+        """Finds a weight's largest magnitude in pieces, without holding the weight."""
+        info, largest = tensor.info, np.float32(0)
+        buffer = np.empty(min(COPY_PIECE, info.nbytes), np.uint8)
+        try:
+            for offset in range(0, info.nbytes, COPY_PIECE):
+                count = self._source.read_into(info.name, buffer.data, offset)
+                piece = buffer[:count].view(NUMPY[info.dtype]).reshape(1, -1)
+                largest = max(largest, self._engine.amax(Source.of(piece, info.dtype)))
+        except NonFiniteWeightError:
+            self._read(tensor)  # raises with the index in the whole weight
+        self._amax[info.name] = largest
+
+    def _read(self, tensor: PlannedTensor) -> Weight:
+        info = tensor.info
+        # Large weights come one by one, into one buffer: a thread slow to let go of the last one's pieces
+        # would otherwise keep it in memory beside the next.
+        buffer = self._large[: info.nbytes] if info.nbytes > READ_AHEAD else np.empty(info.nbytes, np.uint8)
+        self._source.read_into(info.name, buffer.data)
+        source = Source.of(buffer.view(NUMPY[info.dtype]).reshape(info.shape), info.dtype)
+        with named(self._source, tensor):
+            amax = self._amax[info.name] = self._engine.amax(source)
+        return Weight(source, amax)
+
+
+@contextmanager
+def named(source: Checkpoint, tensor: PlannedTensor) -> Iterator[None]:
+    """Puts file and tensor in front of an error's message, keeping its class."""
+    try:
+        yield
+    except SurogateError as error:
+        where = f"{source.directory / source.tensors[tensor.info.name].file}: tensor {tensor.info.name}"
+        hint = f"repair the source, or leave it out with `skip` {tensor.module}"
+        raise type(error)(f"{where}: {error}; {hint}") from None
