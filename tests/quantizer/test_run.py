@@ -18,8 +18,8 @@ from surogate_formats.artifact import Artifact
 from surogate_formats.checkpoint import read_header
 from surogate_formats.fp8 import FP8
 from surogate_quantize import make_options, quantize
-from surogate_quantize.plan import Plan
 from surogate_quantize.kept import COPY_PIECE
+from surogate_quantize.plan import Plan
 
 FORMATS = [*NF4_FORMATS, *NVFP4_FORMATS, *(FP8(scaling) for scaling in ("tensor", "channel", "block"))]
 ONE_OF_EACH = ("nf4", "fp4", "fp8")

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -159,8 +160,9 @@ def test_same_name_signature_and_copies():
     assert type(model).__name__ == plain.__name__
     assert type(model).__mro__[1:3] == (FusedHead, plain)
     assert inspect.signature(model.forward) == inspect.signature(plain(model.config).forward)
-    loss = copy.deepcopy(model)(input_ids=IDS, labels=LABELS).loss
-    assert loss == model(input_ids=IDS, labels=LABELS).loss
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(copied) is type(model)
+        assert copied(input_ids=IDS, labels=LABELS).loss == model(input_ids=IDS, labels=LABELS).loss
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5), LogitTransform(2.0, 3.0)])

@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.utils.generic import ModelOutput
 
+from surogate_load.loss.lazy_logits import with_lazy_logits
 from surogate_load.loss.linear_cross_entropy import PLAIN, LogitTransform, linear_cross_entropy
 
 _LOG = logging.getLogger("surogate_load")
@@ -97,7 +96,7 @@ class FusedHead:
                 "%s changes its logits in a way that is not known here: they are made whole", type(self).__name__
             )
             return plain(*args, **kwargs)
-        return _with_lazy_logits(output, interception)
+        return with_lazy_logits(output, interception.logits)
 
     @property
     def loss_function(self) -> Any:
@@ -107,6 +106,11 @@ class FusedHead:
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
         self._loss_function = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles by the model's own class: the one made here has no name of its own."""
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return (_new, (type(self).__mro__[2],), *rest)
 
     @contextmanager
     def _intercept(self, head: nn.Linear) -> Iterator[_Interception]:
@@ -136,6 +140,11 @@ def _fused_class(base: type) -> type:
     return type(base.__name__, (FusedHead, base), entries)
 
 
+def _new(base: type) -> Any:
+    made = _fused_class(base)
+    return made.__new__(made)
+
+
 def known_transform(config: Any) -> LogitTransform | None:
     """What models with these entries in their config do to logits; None: nothing that is known."""
     cap = getattr(config, "final_logit_softcapping", None)
@@ -162,39 +171,3 @@ def _frozen_head(model: Any) -> nn.Linear | None:
         and model.loss_function is ForCausalLMLoss
     )
     return head if usable else None
-
-
-def _with_lazy_logits(output: ModelOutput, interception: _Interception) -> ModelOutput:
-    entries = {name: value for name, value in output.items() if name != "logits"}
-    lazy: ModelOutput = _lazy_class(type(output))(**entries)  # type: ignore[arg-type]
-    lazy[_LAZY] = interception  # an entry, since accelerate makes a new output of the entries
-    return lazy
-
-
-_LAZY = "lazy_logits"
-
-
-@cache
-def _lazy_class(base: type) -> type:
-    return dataclass(type(base.__name__, (_LazyLogits, base), {"__module__": base.__module__}))
-
-
-class _LazyLogits:
-    """An output whose logits [B, T, V] are computed when they are asked for."""
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name != "logits" or value is not None:
-            return value
-        made: _Interception = super().__getattribute__(_LAZY)
-        logits = made.logits()
-        self[name] = logits
-        return logits
-
-    def __getitem__(self, key: Any) -> Any:
-        if key == "logits":
-            return self.logits
-        if isinstance(key, str) or key == 0:
-            return super().__getitem__(key)  # type: ignore[misc]
-        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
-        return tuple(value for value in values if value is not None)[key]
