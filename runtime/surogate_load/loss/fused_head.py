@@ -109,8 +109,8 @@ class FusedHead:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles by the model's own class: the one made here has no name of its own."""
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return (_new, (type(self).__mro__[2],), *rest)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (type(self).__mro__[2],), *reduced[2:])
 
     @contextmanager
     def _intercept(self, head: nn.Linear) -> Iterator[_Interception]:
@@ -141,7 +141,7 @@ def _fused_class(base: type) -> type:
 
 
 def _new(base: type) -> Any:
-    made = _fused_class(base)
+    made: Any = _fused_class(base)
     return made.__new__(made)
 
 
