@@ -12,6 +12,9 @@ import torch
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import Recipe
 
+OWN = ("recipe", "device", "dtype", "emulate", "compile")
+"""What `load_model` names itself."""
+
 SWITCHES = tuple(field.name for field in fields(Recipe) if field.name != "name")
 
 LOADING = ("attn_implementation", "experts_implementation", "use_kernels", "kernel_config", "allow_all_kernels",
@@ -71,7 +74,7 @@ def sort_keywords(keywords: Mapping[str, Any], config_keys: Collection[str] = ()
         elif key in CONFIG or key in config_keys:
             found.config[key] = value
         else:
-            raise UsageError(f"load_model: no switch {key!r}; {nearest(key, (*SWITCHES, *LOADING, *CONFIG))}")
+            raise UsageError(f"load_model: no keyword {key!r}; {nearest(key, (*OWN, *SWITCHES, *LOADING, *CONFIG))}")
     return found
 
 

@@ -160,9 +160,9 @@ def test_recipes_that_the_machine_cannot_run(artifact):
     ("arguments", "message"),
     [
         ({"recipe": "fp8_hybrid"}, "no recipe 'fp8_hybrid'; did you mean 'fp8-hybrid'"),
-        ({"amax_history_length": 3}, "no switch 'amax_history_length'; did you mean 'amax_history_len'"),
+        ({"amax_history_length": 3}, "no keyword 'amax_history_length'; did you mean 'amax_history_len'"),
         ({"backend": "triton"}, "`backend` is 'triton'; choose one of cutlass, cudnn"),
-        ({"zzz": 1}, "no switch 'zzz'; known: margin"),
+        ({"zzz": 1}, "no keyword 'zzz'; known: recipe"),
     ],
 )
 def test_wrong_arguments(artifact, arguments, message):
