@@ -19,6 +19,8 @@ from surogate_formats.format import TensorSpec
 from surogate_formats.layouts import Layout, layout_of_config, stored_tensors
 from surogate_load.errors import MismatchedModelError, UnsupportedModuleError
 from surogate_load.linear import QuantizedLinear
+from surogate_load.loss.fused_head import fuse_head
+from surogate_load.merged.projections import merge_projections
 from surogate_load.packed_names import packed_modules, read_infos
 from surogate_load.saving import Origin, record_saves
 from surogate_load.transformers_readers import watch_readers
@@ -116,6 +118,8 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, QuantizedLinear):
                 for part in module.parts:
                     part.requires_grad_(False)
+        merge_projections(model)
+        fuse_head(model)
         return model
 
     def _replacement(self, model: nn.Module, module: str, dtype: torch.dtype) -> QuantizedLinear:

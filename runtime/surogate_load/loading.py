@@ -17,7 +17,6 @@ from surogate_load.architecture import model_class, model_config, need_transform
 from surogate_load.errors import DeviceUnavailableError, MismatchedModelError
 from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, nearest, sort_keywords
 from surogate_load.local import open_local
-from surogate_load.loss.fused_head import fuse_head
 from surogate_load.model_recipe import set_recipe
 from surogate_load.step.regional import compile_layers
 from surogate_load.weight import TORCH_DTYPES
@@ -80,7 +79,6 @@ def load_model(
         model = _read_model(opened, _reachable(chosen_on), chosen_type or _source_dtype(opened), given)
     model.requires_grad_(False)
     set_recipe(model, chosen, emulate=emulate)
-    fuse_head(model)
     if compile is not None:
         compile_layers(model)
     return model

@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from runtime.layers import KINDS
 from runtime.weights import make_weight
 
@@ -152,6 +153,12 @@ def test_a_loaded_state_is_taken_over(artifact, kind):
         attention = model.model.layers[0].self_attn
         torch.testing.assert_close(attention.v_proj(x), layer.multiply(x))
     assert linked(model)
+
+
+def test_transformers_own_loading_merges_too(artifact):
+    model = transformers.AutoModelForCausalLM.from_pretrained(artifact("nf4", num_key_value_heads=4))
+    assert linked(model)
+    assert "logits" not in adapt(model)(input_ids=IDS, labels=IDS)
 
 
 def test_a_member_called_with_something_else(artifact):

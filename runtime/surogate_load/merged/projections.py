@@ -36,7 +36,8 @@ def merge_projections(model: nn.Module) -> None:
 
 def _merge(parent: nn.Module, names: Sequence[str], members: Sequence[QuantizedLinear]) -> None:
     alike = {(member.compute_dtype, type(member.recipe), member.bias is None) for member in members}
-    if alike != {(members[0].compute_dtype, Bf16, True)}:
+    devices = {part.device for member in members for part in member.parts}
+    if alike != {(members[0].compute_dtype, Bf16, True)} or len(devices) > 1 or devices.pop().type == "meta":
         return
     with torch.no_grad():
         merged = merge([member.kind for member in members], [member.parts for member in members])
