@@ -177,3 +177,31 @@ struct E4m3 {
                                        to_e4m3_pair(v[4], v[5]) | to_e4m3_pair(v[6], v[7]) << 16));
     }
 };
+
+// What a kernel reads as float32: one value, or eight neighbours at an address aligned to them; `Out` writes the same type.
+struct ReadFloat32 {
+    typedef float Code;
+    typedef Float32 Out;
+    __device__ static float one(const Code* p) { return *p; }
+    __device__ static void eight(const Code* p, float (&v)[8]) {
+        float4 a = ((const float4*)p)[0], b = ((const float4*)p)[1];
+        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
+    }
+};
+
+#define READ_SIXTEEN_BITS(Name, OutName, convert)                                                                      \
+    struct Name {                                                                                                      \
+        typedef u16 Code;                                                                                              \
+        typedef OutName Out;                                                                                           \
+        __device__ static float one(const Code* p) { return convert(*p); }                                             \
+        __device__ static void eight(const Code* p, float (&v)[8]) {                                                   \
+            uint4 w = *(const uint4*)p;                                                                                \
+            u32 words[4] = {w.x, w.y, w.z, w.w};                                                                       \
+            _Pragma("unroll") for (int i = 0; i < 4; ++i) {                                                            \
+                v[2 * i] = convert((u16)words[i]);                                                                     \
+                v[2 * i + 1] = convert((u16)(words[i] >> 16));                                                         \
+            }                                                                                                          \
+        }                                                                                                              \
+    };
+READ_SIXTEEN_BITS(ReadBfloat16, Bfloat16, from_bfloat16)
+READ_SIXTEEN_BITS(ReadFloat16, Float16, from_float16)

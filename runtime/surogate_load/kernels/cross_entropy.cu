@@ -22,33 +22,6 @@ struct CrossEntropy {
 
 static_assert(sizeof(CrossEntropy) == CROSS_ENTROPY_BYTES, "as Python packs it");
 
-struct ReadFloat32 {
-    typedef float Code;
-    typedef Float32 Out;
-    __device__ static float one(const Code* p) { return *p; }
-    __device__ static void eight(const Code* p, float (&v)[8]) {
-        float4 a = ((const float4*)p)[0], b = ((const float4*)p)[1];
-        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
-    }
-};
-
-#define READ_SIXTEEN_BITS(Name, OutName, convert)                                                                      \
-    struct Name {                                                                                                      \
-        typedef u16 Code;                                                                                              \
-        typedef OutName Out;                                                                                           \
-        __device__ static float one(const Code* p) { return convert(*p); }                                             \
-        __device__ static void eight(const Code* p, float (&v)[8]) {                                                   \
-            uint4 w = *(const uint4*)p;                                                                                \
-            u32 words[4] = {w.x, w.y, w.z, w.w};                                                                       \
-            _Pragma("unroll") for (int i = 0; i < 4; ++i) {                                                            \
-                v[2 * i] = convert((u16)words[i]);                                                                     \
-                v[2 * i + 1] = convert((u16)(words[i] >> 16));                                                         \
-            }                                                                                                          \
-        }                                                                                                              \
-    };
-READ_SIXTEEN_BITS(ReadBfloat16, Bfloat16, from_bfloat16)
-READ_SIXTEEN_BITS(ReadFloat16, Float16, from_float16)
-
 __device__ __forceinline__ float transformed(float x, const CrossEntropy& c) {
     x *= c.scale;
     return c.cap == 0.0f ? x : tanhf(x / c.cap) * c.cap;

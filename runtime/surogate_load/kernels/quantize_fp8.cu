@@ -27,31 +27,6 @@ static_assert(sizeof(QuantizeFp8) == QUANTIZE_FP8_BYTES, "as Python packs it");
 // Magnitudes order as their bits do; a NaN is above all.
 __device__ __forceinline__ u32 magnitude(float x) { return bits_of(x) & 0x7FFFFFFFu; }
 
-struct ReadFloat32 {
-    typedef float Code;
-    __device__ static float one(const Code* p) { return *p; }
-    __device__ static void eight(const Code* p, float (&v)[8]) {
-        float4 a = __ldcs((const float4*)p), b = __ldcs((const float4*)p + 1);
-        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
-    }
-};
-
-#define READ_SIXTEEN_BITS(Name, convert)                                                                               \
-    struct Name {                                                                                                      \
-        typedef u16 Code;                                                                                              \
-        __device__ static float one(const Code* p) { return convert(*p); }                                             \
-        __device__ static void eight(const Code* p, float (&v)[8]) {                                                   \
-            uint4 w = *(const uint4*)p;                                                                                \
-            u32 words[4] = {w.x, w.y, w.z, w.w};                                                                       \
-            _Pragma("unroll") for (int i = 0; i < 4; ++i) {                                                            \
-                v[2 * i] = convert((u16)words[i]);                                                                     \
-                v[2 * i + 1] = convert((u16)(words[i] >> 16));                                                         \
-            }                                                                                                          \
-        }                                                                                                              \
-    };
-READ_SIXTEEN_BITS(ReadBfloat16, from_bfloat16)
-READ_SIXTEEN_BITS(ReadFloat16, from_float16)
-
 struct ToE4m3 {
     __device__ static u32 pair(float low, float high) { return to_e4m3_pair(low, high); }
 };
