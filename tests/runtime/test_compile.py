@@ -1,5 +1,6 @@
 """torch.compile: one graph, the eager numbers, and only packed tensors and scaling state saved."""
 
+import peft
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
@@ -56,6 +57,28 @@ def test_compiled_layer(kind, recipe):
     assert output in found
     assert found - {output} <= allowed
     assert {(part.shape, part.dtype) for part in layer.parts[:1]} <= found or recipe == "nvfp4"
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [each for each in COMBINATIONS if each[1] != "nvfp4"])
+def test_compiled_adapter_saves_nothing_dense(kind, recipe):
+    layer, _ = make_layer(kind, dtype=torch.bfloat16)
+    settings = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = peft.inject_adapter_in_model(settings, with_recipe(layer, Recipe(recipe))).train()
+    compiled, saved = compile_and_list(model)
+    x = torch.randn(5, 32, dtype=torch.bfloat16, requires_grad=True)
+    gradients = []
+    for callable_ in (model, compiled):
+        model.zero_grad()
+        x.grad = None
+        callable_(x).float().square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for eager, other in zip(*gradients, strict=True):
+        assert torch.equal(eager, other)
+    kept = [node.meta["val"] for node in saved if node is not None]
+    packed = {(part.shape, part.dtype) for part in layer.parts}
+    dense = [value for value in kept if value.numel() >= 48 * 32 and (value.shape, value.dtype) not in packed]
+    assert not dense
+    assert (torch.Size([5, 32]), torch.bfloat16) in {(value.shape, value.dtype) for value in kept}
 
 
 def fresh(model):
