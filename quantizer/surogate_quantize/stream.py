@@ -74,6 +74,7 @@ def run_stream(
                 future = writer.submit(_copy, source, tensor, shard)
             else:
                 parts, errors = _quantize(source, plan, engine, weights, tensor, loaded)
+                weights.release(loaded)
                 future = writer.submit(_write, tensor, shard, parts, errors)
                 del parts
             del loaded  # the next weight must not be read while this one is held

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.dtypes import NUMPY
@@ -22,10 +23,11 @@ READ_AHEAD = 128 << 20
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight's values and its own largest magnitude."""
+    """A weight's values and its own largest magnitude; `buffer` is the memory that they stand in."""
 
     source: Source
     amax: np.float32
+    buffer: NDArray[np.uint8]
 
 
 class WeightReader:
@@ -39,6 +41,7 @@ class WeightReader:
         self._amax: dict[str, np.float32] = {}
         large = [tensor.info.nbytes for tensor in plan.quantized if tensor.info.nbytes > READ_AHEAD]
         self._large = np.empty(max(large, default=0), np.uint8)
+        self._free: list[NDArray[np.uint8]] = []
 
     def load(self, tensor: PlannedTensor) -> Weight:
         """The weight's values, and the largest magnitude of its fused group."""
@@ -75,12 +78,29 @@ class WeightReader:
         info = tensor.info
         # Large weights come one by one, into one buffer: a thread slow to let go of the last one's pieces
         # would otherwise keep it in memory beside the next.
-        buffer = self._large[: info.nbytes] if info.nbytes > READ_AHEAD else np.empty(info.nbytes, np.uint8)
-        self._source.read_into(info.name, buffer.data)
-        source = Source.of(buffer.view(NUMPY[info.dtype]).reshape(info.shape), info.dtype)
+        buffer = self._large if info.nbytes > READ_AHEAD else self._take(info.nbytes)
+        payload = buffer[: info.nbytes]
+        self._source.read_into(info.name, payload.data)
+        source = Source.of(payload.view(NUMPY[info.dtype]).reshape(info.shape), info.dtype)
         with named(self._source, tensor):
             amax = self._amax[info.name] = self._engine.amax(source)
-        return Weight(source, amax)
+        return Weight(source, amax, buffer)
+
+    def release(self, weight: Weight) -> None:
+        """Takes back the memory of a weight that nobody reads any more.
+
+        The allocator would give it to the system, and get it back for the next weight page by page.
+        """
+        if weight.buffer is not self._large:
+            self._free.append(weight.buffer)
+            while sum(buffer.nbytes for buffer in self._free) > READ_AHEAD:
+                del self._free[min(range(len(self._free)), key=lambda index: self._free[index].nbytes)]
+
+    def _take(self, size: int) -> NDArray[np.uint8]:
+        fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= size]
+        if not fitting:
+            return np.empty(size, np.uint8)
+        return self._free.pop(min(fitting, key=lambda index: self._free[index].nbytes))
 
 
 @contextmanager
