@@ -34,8 +34,8 @@ def as_bytes(tensor):
 @pytest.mark.parametrize("result", [E4M3, E5M2])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 8), (64, 96), (257, 1000), (4096, 1024)])
 @pytest.mark.parametrize("scale", [0.0, 0.37, 2.0**-40])
-@pytest.mark.parametrize("by_column", [False, True])
-def test_bytes_are_those_of_plain_torch(source, result, shape, scale, by_column):
+@pytest.mark.parametrize(("by_column", "copies"), [(False, 1), (True, 1), (False, 700)])
+def test_bytes_are_those_of_plain_torch(source, result, shape, scale, by_column, copies):
     assert load_kernels("cuda")
     x = hard(shape, source)
     if source == torch.float16:
@@ -45,7 +45,7 @@ def test_bytes_are_those_of_plain_torch(source, result, shape, scale, by_column)
     results = []
     for run in (PLAIN["quantize_fp8"], torch.ops.surogate.quantize_fp8):
         current = torch.full((1,), 0.5, device="cuda")
-        results.append((*run(x, column, given, current, True, 1, result), current))
+        results.append((*run(x, column, given, current, True, 1, result, copies), current))
     for wanted, found in zip(*results, strict=True):
         assert torch.equal(as_bytes(wanted), as_bytes(found))
 
@@ -115,7 +115,7 @@ def test_captured_steps_follow_the_emulation(artifact, kind):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        # The first layer's input needs no gradient, so q, k and v there never quantize one.
-        assert sum(not scale.scale.item() for scale in delayed_scales(model)) == 3
+        # The first layer's input needs no gradient, so q, k and v there never quantize one; theirs is one scale.
+        assert sum(not scale.scale.item() for scale in delayed_scales(model)) == 1
         ends.append(losses)
     assert ends[1] == pytest.approx(ends[0], abs=0.03)

@@ -11,10 +11,12 @@ from runtime.layers import KINDS
 from runtime.weights import make_weight
 
 from surogate_formats.layouts import settle
-from surogate_load import load_model
+from surogate_formats.recipe import Recipe
+from surogate_load import load_model, set_recipe
 from surogate_load.linear import QuantizedLinear
 from surogate_load.merged import projections
 from surogate_load.merged.weights import merge
+from surogate_load.recipes.delayed import delayed_scales
 from surogate_load.weight import WeightKind, to_torch
 
 IDS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -113,6 +115,46 @@ def test_one_product_for_each_group(artifact, monkeypatch, kind, settings, produ
     assert gradients.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def listened(model):
+    """The model with a listener on each base layer, which keeps it from being multiplied with others."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_scaling_state_for_each_group(artifact, kind):
+    path = artifact(kind, num_hidden_layers=1, num_key_value_heads=4)
+    arguments = {"dtype": torch.float32, "recipe": "fp8-hybrid", "emulate": True}
+    models = [adapt(load_model(path, **arguments)), listened(adapt(load_model(path, **arguments)))]
+    results = []
+    for model in models:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        losses = []
+        for _ in range(3):
+            losses.append(step(model)[0])
+            optimizer.step()
+            optimizer.zero_grad()
+        scales = [scale.scale for scale in delayed_scales(model)]
+        assert len(scales) == 8
+        # Alone, each member's amax of dy is another one: only the largest counts, which is that of all together.
+        results.append((torch.stack(losses), torch.cat(scales)))
+    torch.testing.assert_close(*(losses for losses, _ in results), rtol=2e-3, atol=0)
+    torch.testing.assert_close(*(scales for _, scales in results), rtol=5e-2, atol=0)
+
+
+def test_recipes_change_after_merging(artifact):
+    model = load_model(artifact("fp4", num_key_value_heads=4), dtype=torch.float32)
+    x, attention = torch.randn(3, 128), model.model.layers[0].self_attn
+    for name, one in (("fp8-hybrid", True), ("nvfp4", False), ("bf16", True)):
+        set_recipe(model, Recipe(name), emulate=True)
+        attention.q_proj(x)
+        assert bool(attention.q_proj.shared_input[0]._results) is one
+        torch.testing.assert_close(attention.k_proj(x), attention.k_proj.multiply(x), rtol=1e-4, atol=1e-5)
+        attention.v_proj(x)
 
 
 def linked(model):

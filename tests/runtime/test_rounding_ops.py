@@ -215,5 +215,5 @@ def test_opcheck():
     check_op(STOCHASTIC.default, (x, torch.tensor([3]), torch.tensor([4])))
     check_op(torch.ops.surogate.hadamard16.default, (x,))
     for columns in (None, torch.rand(32)):
-        arguments = (x, columns, torch.zeros(1), torch.zeros(1), True, 0, torch.float8_e4m3fn)
+        arguments = (x, columns, torch.zeros(1), torch.zeros(1), True, 0, torch.float8_e4m3fn, 3)
         check_op(FP8.default, arguments)

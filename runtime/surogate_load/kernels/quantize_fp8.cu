@@ -11,10 +11,11 @@ struct QuantizeFp8 {
     const float* column_scale;  // [columns], or null
     const float* scale;         // [1], the delayed encoding scale; 0: take this tensor's own
     float* current;             // [1], the largest amax since the last step
-    float* decode;              // [1], what the codes are to be multiplied by
+    float* decode;              // [copies], what the codes are to be multiplied by
     float* partial;             // [FP8_BLOCKS], amax by block of the first kernel
     i64 count;
     i64 columns;
+    i64 copies;
     float reach;                // fmax * 2^-margin
     float smallest;
     float largest;
@@ -96,9 +97,9 @@ __device__ __forceinline__ float encoding_scale(const QuantizeFp8& q) {
 template <class Read, class To>
 __device__ __forceinline__ void quantize(const QuantizeFp8& q) {
     float scale = encoding_scale(q);
-    if (blockIdx.x == 0 && threadIdx.x == 0) *q.decode = divide(1.0f, scale);
     i64 vectors = q.aligned ? q.count / 8 : 0, stride = (i64)gridDim.x * THREADS;
     i64 first = (i64)blockIdx.x * THREADS + threadIdx.x;
+    for (i64 i = first; i < q.copies; i += stride) q.decode[i] = divide(1.0f, scale);
     u32 largest = 0;
 #pragma unroll 2
     for (i64 i = first; i < vectors; i += stride) {

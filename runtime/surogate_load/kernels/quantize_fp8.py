@@ -38,29 +38,31 @@ def _quantize(
     record: bool,
     margin: int,
     dtype: torch.dtype,
+    copies: int = 1,
 ) -> tuple[Tensor, Tensor]:
     device = x.get_device()
     functions = functions_on(device)
     if functions is None or x.dtype not in _SOURCES or not x.numel():
-        made: tuple[Tensor, Tensor] = PLAIN["quantize_fp8"](x, column_scale, scale, current, record, margin, dtype)
+        plain = PLAIN["quantize_fp8"]
+        made: tuple[Tensor, Tensor] = plain(x, column_scale, scale, current, record, margin, dtype, copies)
         return made
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
-    results = torch.empty(1 + FP8_BLOCKS, dtype=torch.float32, device=x.device)
+    results = torch.empty(copies + FP8_BLOCKS, dtype=torch.float32, device=x.device)
     columns = x.shape[-1]
     wanted = (x, codes, column_scale, scale, current)
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in wanted]
     aligned = x.data_ptr() % (CHUNK * x.element_size()) == 0 and (column_scale is None or columns % CHUNK == 0)
-    decode, partial = results.data_ptr(), results.data_ptr() + results.element_size()
+    decode, partial = results.data_ptr(), results.data_ptr() + copies * results.element_size()
     reach = FP8_MAX[dtype] * 2.0**-margin
     packed = QUANTIZE_FP8.pack(
-        *addresses, decode, partial, x.numel(), columns, reach, SMALLEST_SCALE, LARGEST_SCALE, record, aligned
+        *addresses, decode, partial, x.numel(), columns, copies, reach, SMALLEST_SCALE, LARGEST_SCALE, record, aligned
     )
     source = _SOURCES[x.dtype]
     launch(functions[f"fp8_amax_{source}"], device, FP8_BLOCKS, FP8_THREADS, packed)
     blocks = min(_MOST_BLOCKS, -(-x.numel() // _PER_BLOCK))
     launch(functions[f"{_RESULTS[dtype]}_{source}"], device, blocks, FP8_THREADS, packed)
-    return codes, results[:1]
+    return codes, results[:copies]
 
 
 def _transpose_bytes(x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ LAUNCH = struct.Struct("=3Qq")
 CROSS_ENTROPY = struct.Struct("=4Qq2f2I")
 """`CrossEntropy` of cross_entropy.cu."""
 
-QUANTIZE_FP8 = struct.Struct("=7Q2q3f2I4x")
+QUANTIZE_FP8 = struct.Struct("=7Q3q3f2I4x")
 """`QuantizeFp8` of quantize_fp8.cu."""
 
 FP8_THREADS = 256

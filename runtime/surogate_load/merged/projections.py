@@ -16,7 +16,7 @@ from surogate_formats.errors import UsageError
 from surogate_load.linear import QuantizedLinear, arithmetic, has_hooks
 from surogate_load.merged.weights import merge
 from surogate_load.placement import FixedDtypeModule, Mover
-from surogate_load.recipes.bf16 import Bf16
+from surogate_load.recipes.layer import RecipeLayer
 from surogate_load.recipes.product import Adapter, Placement, multiply_with_adapters
 from surogate_load.weight import WeightKind
 
@@ -25,26 +25,38 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def merge_projections(model: nn.Module) -> None:
-    """Merges every such group of quantized layers under recipe bf16; where one can't be, its layers stay alone."""
+    """Merges every such group of quantized layers; where format or recipe don't allow that, its layers stay alone.
+
+    Groups that were merged under another recipe keep their weight.
+    """
     for parent in list(model.modules()):
         for names in GROUPS:
             children = [parent._modules.get(name) for name in names]
             members = [getattr(child, "base_layer", child) for child in children]
-            if all(type(member) is QuantizedLinear and not member.shared_input for member in members):
+            if all(type(member) is QuantizedLinear for member in members):
                 _merge(parent, names, members)  # type: ignore[arg-type]
 
 
 def _merge(parent: nn.Module, names: Sequence[str], members: Sequence[QuantizedLinear]) -> None:
-    alike = {(member.compute_dtype, type(member.recipe), member.bias is None) for member in members}
+    if any(member.shared_input for member in members):
+        members[0].shared_input[0].adopt_recipes()
+        return
+    alike = {(member.compute_dtype, member.bias is None) for member in members}
     devices = {part.device for member in members for part in member.parts}
-    if alike != {(members[0].compute_dtype, Bf16, True)} or len(devices) > 1 or devices.pop().type == "meta":
+    if alike != {(members[0].compute_dtype, True)} or len(devices) > 1 or devices.pop().type == "meta":
         return
     with torch.no_grad():
         merged = merge([member.kind for member in members], [member.parts for member in members])
-    if merged is not None:
-        shared = SharedInput(parent, names, members, *merged)
+    if merged is not None and (recipe := _unite(members)) is not None:
+        shared = SharedInput(parent, names, members, recipe, *merged)
         for member in members:
             member.shared_input = (shared,)
+
+
+def _unite(members: Sequence[QuantizedLinear]) -> type[RecipeLayer] | None:
+    """The class of the members' recipes, which now have one state, if it allows one product for all."""
+    kind, recipes = type(members[0].recipe), [member.recipe for member in members]
+    return kind if all(type(recipe) is kind for recipe in recipes) and kind.unite(recipes) else None
 
 
 class SharedInput:
@@ -58,6 +70,7 @@ class SharedInput:
         parent: nn.Module,
         names: Sequence[str],
         members: Sequence[QuantizedLinear],
+        recipe: type[RecipeLayer],
         kind: WeightKind,
         parts: tuple[Tensor, ...],
     ) -> None:
@@ -69,9 +82,14 @@ class SharedInput:
         parent.add_module(f"merged_{names[0]}", self._weight)
         for member in members:
             member.register_load_state_dict_post_hook(self._weight.refresh)  # type: ignore[no-untyped-call]
+        self._recipe: type[RecipeLayer] | None = recipe
         self._x: Tensor | None = None
         self._state: tuple[bool, int] = (False, 0)
         self._results: dict[str, Tensor] = {}
+
+    def adopt_recipes(self) -> None:
+        """Takes over the recipes that the members have been given since."""
+        self._recipe = _unite(self._members)
 
     def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The result of one of the parent's children; None if the group can't be multiplied as one now."""
@@ -114,7 +132,7 @@ class SharedInput:
         """Each member's adapter, `_NO_ADAPTER`, or nothing where more than a plain one is at work."""
         for name, member in zip(self._names, self._members, strict=True):
             child = self._parent._modules[name]
-            if type(member.recipe) is not Bf16 or has_hooks(member):
+            if type(member.recipe) is not self._recipe or has_hooks(member):
                 return
             if child is member:
                 yield _NO_ADAPTER

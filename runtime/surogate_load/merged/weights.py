@@ -71,7 +71,8 @@ def _fp8(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None:
     codes = _below(parts, 0)
     if fmt.scaling == "tensor":
         scales = [scale.reshape(1, 1).expand(kind.shape[0], 1) for kind, (_, scale) in zip(kinds, parts, strict=True)]
-        return WeightKind(replace(fmt, scaling="channel"), _shape(kinds)), (codes, torch.cat(scales))
+        kind = WeightKind(replace(fmt, scaling="channel", scale_dtype="float32"), _shape(kinds))
+        return kind, (codes, torch.cat(scales).float())
     if fmt.scaling == "block" and any(kind.shape[0] % TILE for kind in kinds):
         return None
     return WeightKind(fmt, _shape(kinds)), (codes, _below(parts, 1))

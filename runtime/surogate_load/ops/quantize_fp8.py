@@ -34,13 +34,14 @@ def _quantize(
     record: bool,
     margin: int,
     dtype: torch.dtype,
+    copies: int = 1,
 ) -> tuple[Tensor, Tensor]:
     values = x.float() if column_scale is None else x.float() * column_scale
     amax = largest_magnitude(values)
     if record:
         current.copy_(torch.maximum(current, amax))
     used = torch.where(scale > 0, scale, scale_for(amax, dtype, margin))
-    return saturating_cast(values * used, dtype), constant(1.0, x.device) / used
+    return saturating_cast(values * used, dtype), (constant(1.0, x.device) / used).repeat(copies)
 
 
 def _fake(
@@ -51,16 +52,17 @@ def _fake(
     record: bool,
     margin: int,
     dtype: torch.dtype,
+    copies: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), scale.new_empty(scale.shape)
+    return x.new_empty(x.shape, dtype=dtype), scale.new_empty(copies)
 
 
 # x: floating [..., n]. column_scale: float32 [n], multiplied into x first. scale: float32 [1], the delayed encoding
 # scale, 0 before the first step, which takes its own amax. current: float32 [1]; with `record` it becomes
-# max(current, amax). Results: codes of `dtype` in x's shape, and float32 [1], the factor that decodes them.
+# max(current, amax). Results: codes of `dtype` in x's shape, and the factor that decodes them as float32 [copies].
 define(
     "quantize_fp8(Tensor x, Tensor? column_scale, Tensor scale, Tensor(a!) current, bool record, int margin, "
-    "ScalarType dtype) -> (Tensor, Tensor)",
+    "ScalarType dtype, SymInt copies=1) -> (Tensor, Tensor)",
     _quantize,
     _fake,
 )

@@ -36,6 +36,11 @@ class Bf16(RecipeLayer):
         """Nothing depends on the weight or the switches."""
         return cls()
 
+    @classmethod
+    def unite(cls, layers: Sequence[RecipeLayer]) -> bool:
+        """See `RecipeLayer.unite`: there is no state."""
+        return True
+
     def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
         """See `RecipeLayer.operands`."""
         return Operands(_DequantizedProduct(kind), None, parts)

@@ -28,11 +28,12 @@ _SIDE = 16
 
 
 class _State(NamedTuple):
-    """(scale, current) of x and of dy, and what surrounds the weight's E4M3 matrix."""
+    """(scale, current) of x and of dy, what surrounds the weight's E4M3 matrix, and a 1."""
 
     input: tuple[Tensor, Tensor]
     gradient: tuple[Tensor, Tensor]
     factors: Factors
+    one: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,31 @@ class _Fp8Product:
     record: bool
 
     def forward(self, x: Tensor, bias: Tensor | None, state: _State, parts: Sequence[Tensor]) -> Tensor:
-        factors = state.factors
-        codes, decode = torch.ops.surogate.quantize_fp8(x, None, *state.input, self.record, self.margin, E4M3)
-        return self._forward_product(codes, decode, bias, factors, parts, x.dtype)
+        copies = self._decodes(x, state.factors)
+        codes, decode = torch.ops.surogate.quantize_fp8(x, None, *state.input, self.record, self.margin, E4M3, copies)
+        return self._forward_product(codes, decode, bias, state, parts, x.dtype)
 
     def input_gradient(self, gradient: Tensor, state: _State, parts: Sequence[Tensor]) -> Tensor:
         factors = state.factors
         codes, decode = torch.ops.surogate.quantize_fp8(
             gradient, factors.rows, *state.gradient, self.record, self.margin, E5M2
         )
-        return self._gradient_product(codes, decode, factors, parts, gradient)
+        return self._gradient_product(codes, decode, state, parts, gradient)
+
+    def _decodes(self, x: Tensor, factors: Factors) -> int:
+        """How often the forward product takes the factor that decodes x."""
+        return 1
 
     def _forward_product(
         self,
         codes: Tensor,
         decode: Tensor,
         bias: Tensor | None,
-        factors: Factors,
+        state: _State,
         parts: Sequence[Tensor],
         dtype: torch.dtype,
     ) -> Tensor:
+        factors = state.factors
         matrix = self.kind.dequantize(parts, self.dtype, factors.multiplier)
         y = codes.float() @ matrix.float().t() * _product(decode, factors.whole)
         if factors.rows is not None:
@@ -79,8 +85,9 @@ class _Fp8Product:
         return (y if bias is None else y + bias.float()).to(dtype)
 
     def _gradient_product(
-        self, codes: Tensor, decode: Tensor, factors: Factors, parts: Sequence[Tensor], gradient: Tensor
+        self, codes: Tensor, decode: Tensor, state: _State, parts: Sequence[Tensor], gradient: Tensor
     ) -> Tensor:
+        factors = state.factors
         matrix = self.kind.dequantize_for_backward(gradient, parts, self.dtype, factors.multiplier)
         return (codes.float() @ matrix.float() * _product(decode, factors.whole)).to(gradient.dtype)
 
@@ -93,39 +100,39 @@ class _TensorCoreProduct(_Fp8Product):
         codes: Tensor,
         decode: Tensor,
         bias: Tensor | None,
-        factors: Factors,
+        state: _State,
         parts: Sequence[Tensor],
         dtype: torch.dtype,
     ) -> Tensor:
-        rows = codes.reshape(-1, codes.shape[-1])
+        rows, factors = codes.reshape(-1, codes.shape[-1]), state.factors
         matrix = parts[0] if self._takes_codes() else self.kind.dequantize(parts, E4M3, factors.multiplier)
-        scales = (decode, _one(decode) if factors.whole is None else factors.whole)
+        scales = (decode, state.one if factors.whole is None else factors.whole)
         if factors.rows is not None:
-            scales = (decode.expand(rows.shape[0], 1).contiguous(), factors.rows.reshape(1, -1))
+            scales = (decode[:, None], factors.rows[None])
         # Fewer bits in the sums, as NVIDIA's Transformer Engine has them in the forward; the gradient has them all.
         y = torch._scaled_mm(rows, matrix.t(), *scales, out_dtype=dtype, use_fast_accum=True)
         y = y if bias is None else y + bias
         return y.reshape(*codes.shape[:-1], matrix.shape[0])
 
     def _gradient_product(
-        self, codes: Tensor, decode: Tensor, factors: Factors, parts: Sequence[Tensor], gradient: Tensor
+        self, codes: Tensor, decode: Tensor, state: _State, parts: Sequence[Tensor], gradient: Tensor
     ) -> Tensor:
-        matrix = parts[0]
+        matrix, factors = parts[0], state.factors
         if not self._takes_codes():
             matrix = self.kind.dequantize_for_backward(gradient, parts, E4M3, factors.multiplier)
         transposed = torch.ops.surogate.transpose_bytes_for_backward(gradient, matrix)
         rows = codes.reshape(-1, codes.shape[-1])
-        whole = _one(decode) if factors.whole is None else factors.whole
+        whole = state.one if factors.whole is None else factors.whole
         dx = torch._scaled_mm(rows, transposed.t(), decode, whole, out_dtype=gradient.dtype, use_fast_accum=False)
         return dx.reshape(*codes.shape[:-1], matrix.shape[1])
+
+    def _decodes(self, x: Tensor, factors: Factors) -> int:
+        """Scales of the weight's rows go with one of each row of x."""
+        return 1 if factors.rows is None else x.numel() // x.shape[-1]
 
     def _takes_codes(self) -> bool:
         """FP8 codes are the operand; other formats become one as they are dequantized."""
         return self.dtype != E4M3
-
-
-def _one(like: Tensor) -> Tensor:
-    return torch.ones_like(like)
 
 
 def _product(decode: Tensor, whole: Tensor | None) -> Tensor:
@@ -165,6 +172,18 @@ class Fp8Hybrid(RecipeLayer):
             notes.add(f"{reason}: the base is multiplied in float32, slowly", weight.name)
         return cls(weight, recipe, _Fp8Product if emulate or reason is not None else _TensorCoreProduct)
 
+    @classmethod
+    def unite(cls, layers: Sequence[RecipeLayer]) -> bool:
+        """See `RecipeLayer.unite`. They quantize the same x; their dy, beside each other, get one scale."""
+        members = [layer for layer in layers if isinstance(layer, Fp8Hybrid)]
+        first = members[0]
+        if len(members) < len(layers) or len({layer._product for layer in members}) > 1:
+            return False
+        for layer in members[1:]:
+            layer.input, layer.gradient = first.input, first.gradient
+        E4m3Source.unite([layer.weight for layer in members])
+        return True
+
     def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
         """See `RecipeLayer.operands`. Records amax only where a training step is under way."""
         record = self.training and torch.is_grad_enabled()
@@ -172,4 +191,5 @@ class Fp8Hybrid(RecipeLayer):
             self.input.check_watched()
         weight = self.weight.operand(kind, parts)
         product = self._product(weight.kind, weight.dtype, self._margin, record)
-        return Operands(product, _State(self.input.state(), self.gradient.state(), weight.factors), weight.parts)
+        state = _State(self.input.state(), self.gradient.state(), weight.factors, self.weight.one)
+        return Operands(product, state, weight.parts)

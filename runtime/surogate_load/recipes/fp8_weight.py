@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,10 +51,14 @@ class E4m3Source(FixedDtypeModule):
 
     Attributes:
         multiplier: float32 [1]; 1 for FP8.
+        inverse: float32 [1], its reciprocal.
         one: float32 [1], the scale of codes that are taken as they stand.
+        by_row: whether a scale of the whole weight is applied to each row, as it must be where the weight is one of
+            several.
     """
 
     multiplier: Tensor
+    inverse: Tensor
     one: Tensor
 
     def __init__(self, weight: PackedWeight) -> None:
@@ -65,12 +69,21 @@ class E4m3Source(FixedDtypeModule):
         if not isinstance(fmt, FP8):
             multiplier = power_of_two_scale(largest_magnitude(weight.kind.dequantize(weight.parts, torch.float32)))
         self.register_buffer("multiplier", multiplier, persistent=False)
+        self.register_buffer("inverse", 1 / multiplier, persistent=False)
         self.register_buffer("one", torch.ones(1), persistent=False)
-        self._operand = _OPERANDS[fmt.name, fmt.scaling if isinstance(fmt, FP8) else ""]
+        self.by_row = False
 
     def operand(self, kind: WeightKind, parts: Parts) -> E4m3Weight:
-        """The operand of a weight that these parts stand for."""
-        return self._operand(self, kind, parts)
+        """The operand of a weight that these parts stand for, alone or with others below it."""
+        fmt = kind.format
+        return _OPERANDS[fmt.name, fmt.scaling if isinstance(fmt, FP8) else ""](self, kind, parts)
+
+    @staticmethod
+    def unite(sources: Sequence[E4m3Source]) -> None:
+        """Gives weights that are multiplied as one the same power of two: one that keeps all of them below 448."""
+        least = torch.stack([source.multiplier for source in sources]).amin(0)
+        for source in sources:
+            source.multiplier, source.inverse, source.by_row = least, 1 / least, True
 
 
 def power_of_two_scale(amax: Tensor) -> Tensor:
@@ -90,7 +103,9 @@ Operand = Callable[[E4m3Source, WeightKind, Parts], E4m3Weight]
 def _codes_by_tensor(source: E4m3Source, kind: WeightKind, parts: Parts) -> E4m3Weight:
     codes, scale = parts
     unit = WeightKind(FP8("tensor"), kind.shape)
-    return E4m3Weight(unit, torch.float32, (codes, source.one), Factors(whole=scale.float()))
+    scale = scale.float()
+    factors = Factors(rows=scale.reshape(1).repeat(kind.shape[0])) if source.by_row else Factors(whole=scale)
+    return E4m3Weight(unit, torch.float32, (codes, source.one), factors)
 
 
 def _codes_by_channel(source: E4m3Source, kind: WeightKind, parts: Parts) -> E4m3Weight:
@@ -105,7 +120,7 @@ def _codes_by_tile(source: E4m3Source, kind: WeightKind, parts: Parts) -> E4m3We
 
 
 def _rounded_to_e4m3(source: E4m3Source, kind: WeightKind, parts: Parts) -> E4m3Weight:
-    return E4m3Weight(kind, E4M3, parts, Factors(source.multiplier, 1 / source.multiplier))
+    return E4m3Weight(kind, E4M3, parts, Factors(source.multiplier, source.inverse))
 
 
 _OPERANDS: dict[tuple[str, str], Operand] = {

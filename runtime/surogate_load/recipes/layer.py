@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -53,6 +54,18 @@ class RecipeLayer(FixedDtypeModule):
         product, state, tensors = self.operands(kind, parts)
         y: Tensor = PackedLinear.apply(x, bias, product, state, *tensors)  # type: ignore[no-untyped-call]
         return y
+
+    @classmethod
+    def unite(cls, layers: Sequence[RecipeLayer]) -> bool:
+        """Has layers of this class that read the same x keep one scaling state: they can then multiply as one weight.
+
+        Args:
+            layers: of one recipe, in the order of their rows in that weight.
+
+        Returns:
+            Whether the recipe allows it.
+        """
+        return False
 
     def adapter_linear(self, linear: nn.Linear) -> nn.Linear:
         """The module that multiplies with an adapter matrix: `linear` itself, or one that shares its parameters."""
