@@ -110,7 +110,8 @@ class QuantizedLinear(nn.Linear):
                 y = self.recipe.multiply(x.to(dtype), self.kind, self.parts, bias)
             else:
                 cast = Adapter(adapter.lora_a.to(dtype), adapter.lora_b.to(dtype), adapter.scaling)
-                place = Placement(((0, self.out_features),), (cast.lora_a.shape[0],), cast.scaling)
+                size = self.out_features
+                place = Placement(size, ((0, size),), (cast.lora_a.shape[0],), cast.scaling)
                 operands = self.recipe.operands(self.kind, self.parts)
                 y = multiply_with_adapters(x.to(dtype), bias, [cast], place, operands)
         return y if autocast else y.to(x.dtype)

@@ -147,7 +147,7 @@ class SharedInput:
     def _placement(self, present: Sequence[tuple[int, Adapter]]) -> Placement:
         ends = [sum(self._sizes[: index + 1]) for index in range(len(self._sizes))]
         rows = tuple((ends[index] - self._sizes[index], ends[index]) for index, _ in present)
-        return Placement(rows, tuple(a.lora_a.shape[0] for _, a in present), present[0][1].scaling)
+        return Placement(ends[-1], rows, tuple(a.lora_a.shape[0] for _, a in present), present[0][1].scaling)
 
 
 def _state(x: Tensor) -> tuple[bool, int]:

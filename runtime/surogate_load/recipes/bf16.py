@@ -11,7 +11,7 @@ from torch import Tensor
 from surogate_formats.recipe import Recipe
 from surogate_load.recipes.layer import PackedWeight, RecipeLayer
 from surogate_load.recipes.notes import Notes
-from surogate_load.recipes.product import Operands
+from surogate_load.recipes.product import Operands, Pair
 from surogate_load.weight import WeightKind
 
 
@@ -21,11 +21,25 @@ class _DequantizedProduct:
 
     kind: WeightKind
 
-    def forward(self, x: Tensor, bias: Tensor | None, state: None, parts: Sequence[Tensor]) -> Tensor:
-        return torch.nn.functional.linear(x, self.kind.dequantize(parts, x.dtype), bias)
+    def forward(
+        self, x: Tensor, bias: Tensor | None, state: None, parts: Sequence[Tensor], plus: Pair | None = None
+    ) -> Tensor:
+        weight = self.kind.dequantize(parts, x.dtype).t()
+        if plus is None:
+            return torch.nn.functional.linear(x, weight.t(), bias)
+        return _onto(torch.mm(*plus) if bias is None else torch.addmm(bias, *plus), x, weight)
 
-    def input_gradient(self, gradient: Tensor, state: None, parts: Sequence[Tensor]) -> Tensor:
-        return gradient @ self.kind.dequantize_for_backward(gradient, parts, gradient.dtype)
+    def input_gradient(
+        self, gradient: Tensor, state: None, parts: Sequence[Tensor], plus: Pair | None = None
+    ) -> Tensor:
+        weight = self.kind.dequantize_for_backward(gradient, parts, gradient.dtype)
+        return gradient @ weight if plus is None else _onto(torch.mm(*plus), gradient, weight)
+
+
+def _onto(small: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Adds x [..., K] W [K, N] to [T, N]: the large product hides the reading of what it adds to, a small one can't."""
+    torch.ops.surogate.add_product_(small, x.reshape(-1, x.shape[-1]), weight, 1.0)
+    return small.view(*x.shape[:-1], small.shape[-1])
 
 
 class Bf16(RecipeLayer):

@@ -18,7 +18,7 @@ from surogate_load.recipes.delayed import DelayedScale
 from surogate_load.recipes.fp8_weight import E4M3, E4m3Source, Factors
 from surogate_load.recipes.layer import PackedWeight, RecipeLayer
 from surogate_load.recipes.notes import Notes
-from surogate_load.recipes.product import Operands
+from surogate_load.recipes.product import Operands, Pair, add_pair
 from surogate_load.weight import WeightKind
 
 E5M2 = torch.float8_e5m2
@@ -52,17 +52,21 @@ class _Fp8Product:
     margin: int
     record: bool
 
-    def forward(self, x: Tensor, bias: Tensor | None, state: _State, parts: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, state: _State, parts: Sequence[Tensor], plus: Pair | None = None
+    ) -> Tensor:
         copies = self._decodes(x, state.factors)
         codes, decode = torch.ops.surogate.quantize_fp8(x, None, *state.input, self.record, self.margin, E4M3, copies)
-        return self._forward_product(codes, decode, bias, state, parts, x.dtype)
+        return add_pair(self._forward_product(codes, decode, bias, state, parts, x.dtype), plus)
 
-    def input_gradient(self, gradient: Tensor, state: _State, parts: Sequence[Tensor]) -> Tensor:
+    def input_gradient(
+        self, gradient: Tensor, state: _State, parts: Sequence[Tensor], plus: Pair | None = None
+    ) -> Tensor:
         factors = state.factors
         codes, decode = torch.ops.surogate.quantize_fp8(
             gradient, factors.rows, *state.gradient, self.record, self.margin, E5M2
         )
-        return self._gradient_product(codes, decode, state, parts, gradient)
+        return add_pair(self._gradient_product(codes, decode, state, parts, gradient), plus)
 
     def _decodes(self, x: Tensor, factors: Factors) -> int:
         """How often the forward product takes the factor that decodes x."""

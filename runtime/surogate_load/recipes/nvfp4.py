@@ -17,7 +17,7 @@ from surogate_load.recipes.fp4_weight import Fp4Operand, Fp4Weights, make_weight
 from surogate_load.recipes.layer import PackedWeight, RecipeLayer
 from surogate_load.recipes.noise import Noise
 from surogate_load.recipes.notes import Notes
-from surogate_load.recipes.product import Operands
+from surogate_load.recipes.product import Operands, Pair, add_pair
 from surogate_load.recipes.token_gradient import AdapterLinear, TokenRounding
 from surogate_load.weight import WeightKind
 
@@ -36,7 +36,17 @@ class _Fp4Product:
     activation: ActivationRounding
     stochastic: bool
 
-    def forward(self, x: Tensor, bias: Tensor | None, state: _Noise, parts: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, state: _Noise, parts: Sequence[Tensor], plus: Pair | None = None
+    ) -> Tensor:
+        return add_pair(self._forward_product(x, bias, parts), plus)
+
+    def input_gradient(
+        self, gradient: Tensor, state: _Noise, parts: Sequence[Tensor], plus: Pair | None = None
+    ) -> Tensor:
+        return add_pair(self._gradient_product(gradient, state, parts), plus)
+
+    def _forward_product(self, x: Tensor, bias: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
         operand = self.forward_operand
         parts = parts[: self._forward_parts()]
         if not operand.fp4:
@@ -46,7 +56,7 @@ class _Fp4Product:
         y = (y if bias is None else y + bias.float()).to(x.dtype)
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
-    def input_gradient(self, gradient: Tensor, state: _Noise, parts: Sequence[Tensor]) -> Tensor:
+    def _gradient_product(self, gradient: Tensor, state: _Noise, parts: Sequence[Tensor]) -> Tensor:
         operand = self.backward_operand
         parts = parts[self._forward_parts() :] or parts
         if not operand.fp4:

@@ -11,17 +11,23 @@ from torch import Tensor
 
 from surogate_load import ops  # noqa: F401  (registers torch.ops.surogate)
 
+Pair = tuple[Tensor, Tensor]
+"""Two matrices [T, r] and [r, N] whose product is wanted beside another one [T, N]."""
+
 
 class Product(Protocol):
     """How W multiplies in both directions: static, so that compiled code may depend on it.
 
-    `state` holds what tensors the product needs besides the packed parts: scaling state, factors, noise.
+    `state` holds what tensors the product needs besides the packed parts: scaling state, factors, noise. `plus` is
+    added to the result, in whichever order is faster.
     """
 
-    def forward(self, x: Tensor, bias: Tensor | None, state: Any, parts: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, state: Any, parts: Sequence[Tensor], plus: Pair | None = None
+    ) -> Tensor:
         """X W^T + bias: [..., K] to a new contiguous [..., N] in the dtype of x."""
 
-    def input_gradient(self, gradient: Tensor, state: Any, parts: Sequence[Tensor]) -> Tensor:
+    def input_gradient(self, gradient: Tensor, state: Any, parts: Sequence[Tensor], plus: Pair | None = None) -> Tensor:
         """Dy W: [..., N] to a new contiguous [..., K] in the dtype of dy."""
 
 
@@ -46,14 +52,23 @@ class Placement:
     """Where adapters stand beside a weight whose rows belong to several layers, one after the other.
 
     Attributes:
-        rows: (first, end) row of the weight for each adapter.
+        size: rows of the weight.
+        rows: (first, end) of them for each adapter.
         ranks: of each.
         scaling: of all.
     """
 
+    size: int
     rows: tuple[tuple[int, int], ...]
     ranks: tuple[int, ...]
     scaling: float
+
+
+def add_pair(y: Tensor, plus: Pair | None) -> Tensor:
+    """Y [..., N], contiguous, with the product of a pair added where it stands."""
+    if plus is not None:
+        torch.ops.surogate.add_product_(y.view(-1, y.shape[-1]), *plus, 1.0)
+    return y
 
 
 def bias_gradient(gradient: Tensor, wanted: bool) -> Tensor | None:
@@ -82,8 +97,7 @@ class PackedLinear(torch.autograd.Function):
 class PackedLoraLinear(torch.autograd.Function):
     """x W^T + bias + scaling * (x A^T) B^T, the adapters' A one below the other, their B block-diagonal.
 
-    Saves x, scaling * x A^T, A, B and the packed parts. The adapters' two large results are added where the base's
-    stand, so that neither is written twice.
+    Saves x, scaling * x A^T, A, B and the packed parts.
     """
 
     @staticmethod
@@ -99,11 +113,10 @@ class PackedLoraLinear(torch.autograd.Function):
         """[..., K] to [..., N]; `tensors` are every adapter's A, every adapter's B, and the packed parts."""
         count = len(placement.ranks)
         parts = tensors[2 * count :]
-        y = product.forward(x, bias, state, parts)
         lora_a = _below_each_other(tensors[:count])
-        lora_b = _block_diagonal(tensors[count : 2 * count], placement, y.shape[-1])
+        lora_b = _block_diagonal(tensors[count : 2 * count], placement)
         xa = torch.ops.surogate.scaled_product(_rows(x), lora_a.t(), placement.scaling)
-        torch.ops.surogate.add_product_(y.view(-1, y.shape[-1]), xa, lora_b.t(), 1.0)
+        y = product.forward(x, bias, state, parts, (xa, lora_b.t()))
         ctx.product, ctx.state, ctx.placement = product, state, placement
         ctx.save_for_backward(x, xa, lora_a, lora_b, *parts)
         return y
@@ -118,8 +131,7 @@ class PackedLoraLinear(torch.autograd.Function):
         db = _diagonal_blocks(dy.t() @ xa, placement)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.product.input_gradient(gradient, ctx.state, parts)
-            torch.ops.surogate.add_product_(dx.view(-1, dx.shape[-1]), dya, lora_a, 1.0)
+            dx = ctx.product.input_gradient(gradient, ctx.state, parts, (dya, lora_a))
         bias = bias_gradient(gradient, ctx.needs_input_grad[1])
         return dx, bias, None, None, None, *da, *db, *(None for _ in parts)
 
@@ -142,7 +154,8 @@ def _below_each_other(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(tuple(matrices))
 
 
-def _block_diagonal(matrices: Sequence[Tensor], placement: Placement, rows: int) -> Tensor:
+def _block_diagonal(matrices: Sequence[Tensor], placement: Placement) -> Tensor:
+    rows = placement.size
     if placement.rows == ((0, rows),):
         return matrices[0]
     columns = []
