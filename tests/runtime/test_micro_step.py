@@ -12,6 +12,7 @@ import surogate_load
 from surogate_load import MicroStep, load_model
 from surogate_load.errors import NoLayersError
 from surogate_load.step.capturable import why_eager
+from surogate_load.step.checkpointing import without_random_state
 from surogate_load.step.regional import compile_layers, decoder_layers
 
 IDS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -65,6 +66,25 @@ def _spy(forward, seen):
     return spying
 
 
+def _checkpointed(model, dropout=0.0, use_reentrant=False):
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+
+
+def test_plain_checkpointing_is_captured_without_its_random_state(artifact, monkeypatch):
+    model = adapted(artifact("nf4"))
+    _checkpointed(model)
+    functions = [layer._gradient_checkpointing_func for layer in model.get_base_model().model.layers]
+    with without_random_state(model), monkeypatch.context() as patch:
+        patch.setattr(torch, "get_rng_state", lambda: pytest.fail("the random state was read"))
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert [layer._gradient_checkpointing_func for layer in model.get_base_model().model.layers] == functions
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    assert why_eager(model, {"input_ids": IDS, "labels": IDS}) is None
+
+
 @pytest.mark.parametrize(
     ("change", "batch", "reason"),
     [
@@ -72,7 +92,8 @@ def _spy(forward, seen):
         (lambda m: m, {"labels": IDS, "position_ids": IDS}, "position_ids"),
         (lambda m: m.eval(), {"labels": IDS}, "not being trained"),
         (lambda m: m, {"labels": IDS, "images": [IDS]}, "plain values"),
-        (lambda m: m.gradient_checkpointing_enable(), {"labels": IDS}, "checkpointing"),
+        (lambda m: _checkpointed(m, dropout=0.1), {"labels": IDS}, "checkpointing with dropout"),
+        (lambda m: _checkpointed(m, use_reentrant=True), {"labels": IDS}, "another way"),
     ],
 )
 def test_what_a_graph_cannot_hold_is_named(artifact, monkeypatch, change, batch, reason):

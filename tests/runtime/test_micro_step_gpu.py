@@ -29,11 +29,15 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("compile_", [None, "layers"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_replay_equals_eager(artifact, kind, compile_):
+@pytest.mark.parametrize(
+    ("kind", "compile_", "checkpointed"),
+    [*((kind, way, False) for kind in KINDS for way in (None, "layers")), ("nf4", None, True), ("nf4", "layers", True)],
+)
+def test_replay_equals_eager(artifact, kind, compile_, checkpointed):
     torch._dynamo.reset()
     model = adapted(artifact(kind), compile=compile_)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     step = MicroStep(model)
     step(input_ids=BATCHES[0], labels=BATCHES[0])  # with the attention kernel that the graph takes
     model.zero_grad()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from surogate_load.step.checkpointing import why_not_captured
+
 
 def why_eager(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
     """Why a batch can't be captured; None if it can."""
@@ -22,9 +24,8 @@ def why_eager(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
         "a batch without labels": batch.get("labels") is None,
         "a batch with more than tensors and plain values": any(map(_is_container, batch.values())),
         "hooks on gradients, which a graph doesn't call": _has_gradient_hooks(model),
-        "activation checkpointing, which reads the random state on the host": _checkpoints(model),
     }
-    return next((reason for reason, there in obstacles.items() if there), None)
+    return next((reason for reason, there in obstacles.items() if there), None) or why_not_captured(model)
 
 
 def _has(batch: Mapping[str, Any], *names: str) -> bool:
@@ -38,12 +39,3 @@ def _is_container(value: Any) -> bool:
 def _has_gradient_hooks(model: nn.Module) -> bool:
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trained)
-
-
-def _checkpoints(model: nn.Module) -> bool:
-    """The first name is that of newer versions of transformers, which warn at the other."""
-    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
-        found = getattr(model, name, None)
-        if found is not None:
-            return bool(found)
-    return False

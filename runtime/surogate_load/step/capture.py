@@ -13,6 +13,7 @@ from surogate_load.kernels import load_kernels
 from surogate_load.recipes.delayed import DelayedScale
 from surogate_load.recipes.noise import Noise
 from surogate_load.step.attention import fastest_attention
+from surogate_load.step.checkpointing import without_random_state
 
 _WARM_UP = 3
 """Steps before a capture: compilers, cuBLAS and cuDNN choose and allocate in the first ones."""
@@ -75,7 +76,13 @@ class Capture:
         self._graph = torch.cuda.CUDAGraph()
         load_kernels(next(model.parameters()).device)
         gradients.attach()
-        with _unchanged(model, gradients), _capturable_masks(), _no_autocast_cache(), fastest_attention():
+        with (
+            _unchanged(model, gradients),
+            _capturable_masks(),
+            _no_autocast_cache(),
+            fastest_attention(),
+            without_random_state(model),
+        ):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
