@@ -1,5 +1,6 @@
-"""Times the CPU quantizer: beside its peers on one weight, and beside copying on a whole file.
+"""Times the quantizer: beside its peers on one weight, and beside copying on a whole file.
 
+With --device cuda the quantizer runs on a GPU, and its times hold the copies there and back; the peers stay on the CPU.
 Rates are 10^9 bytes of the bfloat16 source a second. Both sides have the same number of threads and take turns in one
 run, so that what else the machine does falls on both; a rate is that of the median time. The whole file is quantized by
 `surogate_quantize.quantize` in a process of its own, which gives the peak memory, and copied by `shutil.copyfile`; both
@@ -18,9 +19,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -31,8 +34,9 @@ from surogate_formats.fp8 import FP8
 from surogate_formats.nf4 import NF4
 from surogate_formats.nvfp4 import NVFP4
 from surogate_quantize import make_options, quantize
-from surogate_quantize.engine import CpuEngine, available_cpus
-from surogate_quantize.pieces import Source
+from surogate_quantize.devices import DEVICES, open_engine
+from surogate_quantize.engine import Engine, available_cpus
+from surogate_quantize.source import Source
 from surogate_quantize.summary import peak_rss
 
 SIDE = 4096
@@ -83,17 +87,17 @@ class Row:
         return self.rate / self.other_rate if self.other_rate else None
 
 
-def bench_weight(case: Case, threads: int, rounds: int) -> Row:
+def bench_weight(case: Case, device: str, threads: int, rounds: int) -> Row:
     """Quantizes one 4096x4096 weight by turns with a peer, the search for the largest magnitude included."""
     import torch
 
     torch.set_num_threads(threads)
     values = np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32) * np.float32(0.02)
     weight = values.astype(ml_dtypes.bfloat16)
-    source = Source.of(weight, "BF16")
     runs: list[Run] = []
     missing = None
-    with CpuEngine(threads) as engine:
+    with open_engine(device, case.format, threads) as engine:
+        source = Source.of(_in_host_memory(engine, weight), "BF16")
         runs.append(lambda: engine.quantize(case.format, source, engine.amax(source)))
         try:
             runs.append(case.peer(torch.from_numpy(values).bfloat16()))
@@ -102,6 +106,13 @@ def bench_weight(case: Case, threads: int, rounds: int) -> Row:
         seconds = _alternate(runs, rounds)
     rates = [weight.nbytes / each / 1e9 for each in seconds]
     return Row(case.name, rates[0], case.peer_name, rates[1] if len(rates) > 1 else None, missing)
+
+
+def _in_host_memory(engine: Engine, weight: NDArray[Any]) -> NDArray[Any]:
+    """The weight where the engine has its weights read to."""
+    memory = engine.host_memory(weight.nbytes).view(weight.dtype).reshape(weight.shape)
+    memory[...] = weight
+    return memory
 
 
 def _alternate(runs: list[Run], rounds: int) -> list[float]:
@@ -125,7 +136,7 @@ def _mean_seconds(run: Run) -> float:
     return passed / count
 
 
-def bench_file(name: str, file: Path, threads: int, rounds: int) -> Row:
+def bench_file(name: str, file: Path, device: str, threads: int, rounds: int) -> Row:
     """Quantizes a whole checkpoint by turns with copying its file."""
     copies, runs, peaks = [], [], []
     for _ in range(rounds):
@@ -133,7 +144,9 @@ def bench_file(name: str, file: Path, threads: int, rounds: int) -> Row:
             copies.append(_copy(file, Path(directory) / file.name))
         with tempfile.TemporaryDirectory(dir=file.parent.parent) as directory:
             command = [sys.executable, __file__, "--run", name, str(file.parent), str(Path(directory) / "out")]
-            ran = subprocess.run([*command, "--threads", str(threads)], check=True, capture_output=True, text=True)
+            ran = subprocess.run(
+                [*command, "--device", device, "--threads", str(threads)], check=True, capture_output=True, text=True
+            )
             seconds, peak = json.loads(ran.stdout)
         runs.append(seconds)
         peaks.append(peak)
@@ -150,10 +163,10 @@ def _copy(source: Path, target: Path) -> float:
     return time.perf_counter() - started
 
 
-def _run(name: str, source: str, out: str, threads: int) -> None:
+def _run(name: str, source: str, out: str, device: str, threads: int) -> None:
     """What the process of a whole run does: prints its seconds and its peak memory in bytes."""
     started = time.perf_counter()
-    quantize(source, out, make_options(name, {}), workers=threads)
+    quantize(source, out, make_options(name, {}), device=device, workers=threads)
     seconds = time.perf_counter() - started
     print(json.dumps([seconds, peak_rss()]))
 
@@ -175,6 +188,7 @@ def _show(rows: list[Row]) -> None:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="what quantizes; peers run on the CPU")
     parser.add_argument("--threads", type=int, default=available_cpus(), help="of either side")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each on one weight")
     parser.add_argument("--file-rounds", type=int, default=3, help="timed runs of each on the whole file; 0: none")
@@ -183,13 +197,14 @@ def main() -> None:
     parser.add_argument("--run", nargs=3, metavar=("FORMAT", "MODEL", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        _run(*arguments.run, arguments.threads)
+        _run(*arguments.run, arguments.device, arguments.threads)
         return
-    rows = [bench_weight(case, arguments.threads, arguments.rounds) for case in CASES]
+    rows = [bench_weight(case, arguments.device, arguments.threads, arguments.rounds) for case in CASES]
     if arguments.file_rounds:
         with tempfile.TemporaryDirectory() as directory:
             file = make_checkpoint(Path(directory) / "model", arguments.gigabytes)
-            rows += [bench_file(name, file, arguments.threads, arguments.file_rounds) for name in ("nf4", "fp4", "fp8")]
+            where = (file, arguments.device, arguments.threads, arguments.file_rounds)
+            rows += [bench_file(name, *where) for name in ("nf4", "fp4", "fp8")]
     if arguments.json:
         print(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=2))
     else:

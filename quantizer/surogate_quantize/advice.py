@@ -13,10 +13,10 @@ from surogate_formats.errors import SurogateError
 from surogate_formats.format import Format
 from surogate_formats.nvfp4 import NVFP4
 from surogate_formats.recipe import Recipe
-from surogate_quantize.engine import CpuEngine
+from surogate_quantize.engine import Engine
 from surogate_quantize.options import Options
-from surogate_quantize.pieces import Source
 from surogate_quantize.plan import Plan, PlannedTensor
+from surogate_quantize.source import Source
 
 SAMPLE = 3
 """Weights that are quantized both ways to compare: the first, the middle and the last."""
@@ -58,7 +58,7 @@ def warnings_before(source: Checkpoint, made: Plan) -> list[str]:
 class Comparison:
     """Compares the chosen format with its alternative on a sample of the weights."""
 
-    def __init__(self, engine: CpuEngine, options: Options) -> None:
+    def __init__(self, engine: Engine, options: Options) -> None:
         """Takes the alternative from `ALTERNATIVES`."""
         self._engine = engine
         self._options = options

@@ -41,6 +41,9 @@ FORMAT_PARAMETERS = {
 LAYOUTS = ("surogate", "compressed-tensors", "hf-fp8")
 """Names of the layouts, written out so that `--help` need not import them."""
 
+DEVICES = ("auto", "cpu", "cuda")
+"""Those of `surogate_quantize.devices`, for the same reason."""
+
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("model", required=False)
@@ -66,6 +69,8 @@ LAYOUTS = ("surogate", "compressed-tensors", "hf-fp8")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Modules that stay as they are, beside the usual ones: "
               "layers.0.mlp, *.o_proj, re:REGEX. Repeatable.")  # fmt: skip
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Payload of one output file.")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="What quantizes; the "
+              "bytes are the same. auto: a GPU where CuPy is there to use it.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @click.option("--strict", is_flag=True, help="Refuse every key of --config that is not ours.")
 @click.option("--overwrite", is_flag=True, help="Replace the artifact in --out once the new one is complete.")
@@ -125,7 +130,8 @@ def _run(out: Out, arguments: dict[str, Any]) -> None:
         return
     if target is None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
-    summary = quantize(model, target, options, workers=arguments["workers"], overwrite=overwrite, watch=out.watch)
+    where = {"device": arguments["device"], "workers": arguments["workers"]}
+    summary = quantize(model, target, options, **where, overwrite=overwrite, watch=out.watch)
     with leaving(f"{target} is complete"):
         out.close()
         out.summary(summary)

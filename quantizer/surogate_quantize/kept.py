@@ -12,8 +12,8 @@ from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.dtype_rules import QUANTIZABLE
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.errors import OutOfRangeError
-from surogate_quantize.pieces import Source
 from surogate_quantize.plan import PlannedTensor
+from surogate_quantize.source import Source
 
 COPY_PIECE = 8 << 20
 """Bytes of a kept tensor that are in memory at a time; a multiple of every element's."""

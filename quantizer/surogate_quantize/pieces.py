@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,52 +13,13 @@ from surogate_formats.format import Format, Parts
 from surogate_formats.fp8 import FP8, TILE
 from surogate_formats.nf4 import BLOCKS_PER_GROUP, NF4
 from surogate_formats.nvfp4 import BLOCK, NVFP4
-from surogate_quantize.kernels.source import INFINITY_BITS, KINDS, RAW_DTYPES
-
-Sums = tuple[int, int, int]
-"""Squared error and squared sum in units, and the float32 bits of the largest error (`kernels.errors`)."""
+from surogate_quantize.source import Source
+from surogate_quantize.weight_errors import Sums
 
 Work: TypeAlias = Callable[[], Sums]
 
 PIECE = 2**19
 """Values in a piece, about: enough to keep a thread busy for a millisecond, few enough to share a weight out."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source weight [N, K] by its bits.
-
-    Attributes:
-        raw: uint16 or uint32 [N, K].
-        dtype: the safetensors dtype that the bits are of.
-    """
-
-    raw: NDArray[Any]
-    dtype: str
-
-    @classmethod
-    def of(cls, weight: NDArray[Any], dtype: str) -> Source:
-        """Wraps an array of the source's own dtype."""
-        return cls(weight.view(RAW_DTYPES[dtype]), dtype)
-
-    @property
-    def kind(self) -> int:
-        """How kernels read the bits."""
-        return KINDS[self.dtype]
-
-    @property
-    def mask(self) -> Any:
-        """All bits but the sign, in the dtype of `raw`."""
-        return self.raw.dtype.type(2 ** (8 * self.raw.itemsize - 1) - 1)
-
-    @property
-    def infinity(self) -> int:
-        """Magnitude bits from here on are not finite."""
-        return INFINITY_BITS[self.dtype]
-
-    def magnitudes(self, bits: NDArray[Any]) -> NDArray[np.float32]:
-        """float32 of magnitude bits in the source's dtype."""
-        return bits.view(NUMPY[self.dtype]).astype(np.float32)
 
 
 def cut(fmt: Format, source: Source, amax: np.float32, unit: np.float32) -> tuple[Parts, list[Work]]:
@@ -151,8 +111,13 @@ def _fp8_tiles(
     bits = np.zeros(stored.shape, raw.dtype)
     tile_amax_bits(raw, *tile, source.mask, bits)
     stored[:] = scale = fmt.scales(source.magnitudes(bits))
-    sums: Sums = quantize_fp8(raw, source.kind, scale, *tile, unit, codes)
-    return sums
+    # A single band of tiles may be so wide that the squares of all its values don't fit 63 bits.
+    rows = raw.shape[0] if len(stored) > 1 else max(2 * PIECE // max(raw.shape[1], 1), 1)
+    sums: list[Sums] = [
+        quantize_fp8(raw[top : top + rows], source.kind, scale, *tile, unit, codes[top : top + rows])
+        for top in range(0, raw.shape[0], rows)
+    ]
+    return sum(error for error, _, _ in sums), sum(square for _, square, _ in sums), max(worst for *_, worst in sums)
 
 
 def _one_row(array: NDArray[Any]) -> NDArray[Any]:

@@ -53,7 +53,7 @@ def run_table(summary: RunSummary) -> RenderableType:
     table.add_row("relative error", f"{summary.relative_error:.4f}  ({', '.join(f'{k} {v:.4f}' for k, v in parts)})")
     table.add_row("largest error", f"{summary.worst[1]:.4f}  {summary.worst[0]}")
     peak = f", peak memory {size(summary.peak_rss_bytes)}" if summary.peak_rss_bytes else ""
-    table.add_row("time", f"{summary.seconds:.1f} s, {summary.megabytes_per_second:.0f} MB/s{peak}")
+    table.add_row("time", f"{summary.seconds:.1f} s, {summary.megabytes_per_second:.0f} MB/s on {summary.device}{peak}")
     table.add_row("files", ", ".join(summary.carried_over) or "no tokenizer or licence beside the source")
     table.add_row("written to", summary.out)
     return table

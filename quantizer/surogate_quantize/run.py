@@ -17,7 +17,7 @@ from surogate_formats.errors import SurogateError
 from surogate_formats.format import to_dict
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
 from surogate_quantize.advice import Comparison, warnings_before
-from surogate_quantize.engine import CpuEngine
+from surogate_quantize.devices import open_engine
 from surogate_quantize.options import Options
 from surogate_quantize.output import check_output, staged
 from surogate_quantize.plan import Plan, PlannedTensor, make_plan
@@ -77,6 +77,7 @@ def quantize(
     out: str | Path,
     options: Options,
     *,
+    device: str = "auto",
     workers: int | None = None,
     overwrite: bool = False,
     watch: Watch | None = None,
@@ -87,6 +88,7 @@ def quantize(
         model: directory of a Hugging Face checkpoint in safetensors.
         out: directory of the artifact; must not exist, or be empty.
         options: what to do.
+        device: `cpu`, `cuda`, or `auto`: `cuda` where CuPy and a GPU can do it, else `cpu`. It changes no byte.
         workers: threads; None takes one a CPU.
         overwrite: replace an artifact that stands in `out`, once the new one is complete.
         watch: for progress bars.
@@ -101,7 +103,7 @@ def quantize(
         check_output(out_path, source_path, overwrite=overwrite)
         sidecars = find_sidecars(source_path)
         made = make_plan(source, options)
-        engine = stack.enter_context(CpuEngine(workers))
+        engine = stack.enter_context(open_engine(device, options.format, workers))
         comparison = Comparison(engine, options)
         needed = sum(tensor.stored_bytes for tensor in made.tensors) + HEADER_ROOM
         names, config = shard_names(made.shards), quantized_config(dict(source.config), made)
@@ -118,7 +120,8 @@ def quantize(
             write_synced(staging / MANIFEST_NAME, manifest.to_json().encode())
             sync_directory(staging)
     seconds = time.perf_counter() - started
-    return summarize_run(made, results, out=str(out), seconds=seconds, carried=carried_names(sidecars), advice=advice)
+    told = {"out": str(out), "device": engine.device}
+    return summarize_run(made, results, **told, seconds=seconds, carried=carried_names(sidecars), advice=advice)
 
 
 def open_source(model: str | Path) -> Checkpoint:

@@ -15,10 +15,11 @@ from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.format import Parts
 from surogate_formats.layouts import StoredTensor
 from surogate_formats.manifest import TensorRecord
-from surogate_quantize.engine import CpuEngine, Errors
+from surogate_quantize.engine import Engine
 from surogate_quantize.kept import COPY_PIECE, KeptTensor
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.shard import ShardWriter
+from surogate_quantize.weight_errors import Errors
 from surogate_quantize.weight_reader import READ_AHEAD, Weight, WeightReader, named
 
 WRITES_IN_FLIGHT = 3
@@ -39,7 +40,7 @@ Progress = Callable[[PlannedTensor], None]
 
 
 def run_stream(
-    source: Checkpoint, plan: Plan, engine: CpuEngine, paths: list[Path], progress: Progress
+    source: Checkpoint, plan: Plan, engine: Engine, paths: list[Path], progress: Progress
 ) -> dict[str, Result]:
     """Quantizes and writes every tensor of the plan; returns what became of each, in the plan's order.
 
@@ -120,7 +121,7 @@ def _read_ahead(
 
 
 def _quantize(
-    source: Checkpoint, plan: Plan, engine: CpuEngine, weights: WeightReader, tensor: PlannedTensor, loaded: Weight
+    source: Checkpoint, plan: Plan, engine: Engine, weights: WeightReader, tensor: PlannedTensor, loaded: Weight
 ) -> tuple[Parts, Errors]:
     with named(source, tensor):
         return engine.quantize(plan.options.format, loaded.source, loaded.amax, weights.group_amax(tensor))

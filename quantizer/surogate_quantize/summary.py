@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from surogate_formats.format import to_dict
-from surogate_quantize.engine import Errors
 from surogate_quantize.plan import Plan, PlannedTensor, count_reasons
 from surogate_quantize.stream import Result
+from surogate_quantize.weight_errors import Errors
 
 SCHEMA_VERSION = 1
 
@@ -58,6 +58,7 @@ class RunSummary:
     Attributes:
         plan: the sizes.
         out: the artifact's directory.
+        device: what quantized the weights: `cpu`, or `cuda:0` and the GPU's name.
         relative_error: ||dequantized - source|| / ||source|| over all quantized weights.
         relative_error_by_projection: the same by the last part of the module's name.
         worst: name and relative error of the worst weight.
@@ -70,6 +71,7 @@ class RunSummary:
 
     plan: PlanSummary
     out: str
+    device: str
     relative_error: float
     relative_error_by_projection: Mapping[str, float]
     worst: tuple[str, float]
@@ -134,6 +136,7 @@ def summarize_run(
     results: Mapping[str, Result],
     *,
     out: str,
+    device: str,
     seconds: float,
     carried: Iterable[str],
     advice: Iterable[str],
@@ -148,6 +151,7 @@ def summarize_run(
     return RunSummary(
         plan=summary,
         out=out,
+        device=device,
         relative_error=_relative(measured.values()),
         relative_error_by_projection={name: _relative(errors) for name, errors in by_projection.items()},
         worst=(worst, measured[worst].relative),

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.dtypes import NUMPY
-from surogate_formats.errors import NonFiniteWeightError, SurogateError
-from surogate_quantize.engine import CpuEngine
+from surogate_formats.errors import NonFiniteWeightError, OutOfRangeError
+from surogate_quantize.engine import Engine
 from surogate_quantize.kept import COPY_PIECE
-from surogate_quantize.pieces import Source
 from surogate_quantize.plan import Plan, PlannedTensor
+from surogate_quantize.source import Source
 
 READ_AHEAD = 128 << 20
 """Bytes: a larger weight is not read while another is quantized, and fused groups are held up to this sum."""
@@ -33,14 +33,14 @@ class Weight:
 class WeightReader:
     """Reads weights and their largest magnitudes; holds the members of a small fused group until they are asked for."""
 
-    def __init__(self, source: Checkpoint, plan: Plan, engine: CpuEngine) -> None:
+    def __init__(self, source: Checkpoint, plan: Plan, engine: Engine) -> None:
         self._source = source
         self._engine = engine
         self._tensors = {tensor.info.name: tensor for tensor in plan.tensors}
         self._held: dict[str, Weight] = {}
         self._amax: dict[str, np.float32] = {}
         large = [tensor.info.nbytes for tensor in plan.quantized if tensor.info.nbytes > READ_AHEAD]
-        self._large = np.empty(max(large, default=0), np.uint8)
+        self._large = engine.host_memory(max(large, default=0))
         self._free: list[NDArray[np.uint8]] = []
 
     def load(self, tensor: PlannedTensor) -> Weight:
@@ -99,16 +99,16 @@ class WeightReader:
     def _take(self, size: int) -> NDArray[np.uint8]:
         fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= size]
         if not fitting:
-            return np.empty(size, np.uint8)
+            return self._engine.host_memory(size)
         return self._free.pop(min(fitting, key=lambda index: self._free[index].nbytes))
 
 
 @contextmanager
 def named(source: Checkpoint, tensor: PlannedTensor) -> Iterator[None]:
-    """Puts file and tensor in front of an error's message, keeping its class."""
+    """Puts file and tensor in front of the message of an error that lies in the weight, keeping its class."""
     try:
         yield
-    except SurogateError as error:
+    except (NonFiniteWeightError, OutOfRangeError) as error:
         where = f"{source.directory / source.tensors[tensor.info.name].file}: tensor {tensor.info.name}"
         hint = f"repair the source, or leave it out with `skip` {tensor.module}"
         raise type(error)(f"{where}: {error}; {hint}") from None

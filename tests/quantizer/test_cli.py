@@ -13,7 +13,8 @@ from quantizer.checkpoints import LINEARS, check_artifact, contents, llama, writ
 
 from surogate_formats.layouts import LAYOUTS as LAYOUT_CLASSES
 from surogate_quantize import make_options, quantize
-from surogate_quantize.cli import EXAMPLES, FORMAT_PARAMETERS, LAYOUTS, main
+from surogate_quantize.cli import DEVICES, EXAMPLES, FORMAT_PARAMETERS, LAYOUTS, main
+from surogate_quantize.devices import DEVICES as DEVICES_THERE_ARE
 from surogate_quantize.flags import as_flags
 from surogate_quantize.output import STAGING
 from surogate_quantize.version import VERSION
@@ -39,6 +40,7 @@ OPTIONS = {
     "--skip-last-layers",
     "--skip",
     "--max-shard-size",
+    "--device",
     "--workers",
     "--strict",
     "--overwrite",
@@ -119,6 +121,7 @@ def test_version():
         (("model", "--format", "nf4", "--json", "--quiet"), "two forms of output; choose one"),
         (("model", "--format", "nf4", "--skip-first-layers", "-1"), "-1 is not in the range x>=0"),
         (("model", "--format", "nf4", "--workers", "0"), "0 is not in the range x>=1"),
+        (("model", "--format", "nf4", "--device", "tpu"), "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (("model", "--format", "fp8", "--scaling", "row"), "'row' is not one of 'tensor', 'channel', 'block'"),
         (("model", "--format", "nf4", "--layout", "gguf"), "'gguf' is not one of 'surogate', 'compressed-tensors', "),
         (("model", "--format", "nf4", "--block-size", "big"), "'big' is not a valid integer"),
@@ -312,8 +315,9 @@ def test_as_a_process(source, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_the_layouts_written_out_for_the_help_are_those_there_are():
+def test_the_layouts_and_devices_written_out_for_the_help_are_those_there_are():
     assert set(LAYOUTS) == LAYOUT_CLASSES.keys()
+    assert DEVICES == DEVICES_THERE_ARE
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from surogate_formats.nf4 import NF4
 from surogate_formats.nvfp4 import NVFP4
 from surogate_quantize import engine as engine_module
 from surogate_quantize import pieces
-from surogate_quantize.engine import CpuEngine, error_unit
-from surogate_quantize.pieces import Source
+from surogate_quantize.engine import CpuEngine
+from surogate_quantize.source import Source
+from surogate_quantize.weight_errors import error_unit
 
 F32 = np.float32
 
@@ -150,6 +151,17 @@ def test_a_value_that_overflows_its_dtype_is_refused_and_its_neighbour_is_not(en
     run(engine, FP8("tensor", "float32"), largest)
     run(engine, fmt, Weight(np.full((2, 16), 60000, np.float16), "F16"))
     run(engine, fmt, Weight(np.full((2, 16), 65504, F32), "F32"))
+
+
+@pytest.mark.parametrize("fmt", [NF4(), NVFP4(), FP8(), FP8("channel"), FP8("block")], ids=name_of)
+def test_sums_of_the_widest_bands_do_not_overflow(engine, fmt):
+    """Each value is 2^21 units, nearly: 2^21 of their squares would not fit 63 bits."""
+    stored = np.full((128, 28672), 1 - 2.0**-8, ml_dtypes.bfloat16)
+    weight = Weight(stored, "BF16")
+    parts, errors = run(engine, fmt, weight)
+    assert errors.squared_sum == stored.size * float(stored[0, 0]) ** 2
+    if fmt.name == "fp8":
+        assert_same(parts, fmt.quantize(weight.f32))
 
 
 def test_error_units_are_powers_of_two_that_fit_the_largest_value():

@@ -9,15 +9,6 @@ from numpy.typing import NDArray
 
 from surogate_quantize.kernels.compiling import inner, kernel
 
-RAW_DTYPES: dict[str, Any] = {"F32": np.uint32, "BF16": np.uint16, "F16": np.uint16}
-"""The unsigned integers that hold the bits of each source dtype."""
-
-KINDS = {"F32": 0, "BF16": 1, "F16": 2}
-"""How `widen` reads the bits of each source dtype."""
-
-INFINITY_BITS = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
-"""Magnitude bits from here on are an infinity or a NaN."""
-
 _ZERO, _HALF_WORD = np.float32(0), np.uint32(16)
 _F16_MAGNITUDE, _F16_SIGN, _F16_SHIFT = np.uint32(0x7FFF), np.uint32(0x8000), np.uint32(23 - 10)
 _F16_REBIAS = np.float32(2.0**112)
