@@ -1,4 +1,4 @@
-"""Times the dequantize kernels on a CUDA GPU: share of copy bandwidth, bitsandbytes beside them, host time.
+"""Times dequantize kernels, and NVFP4's quantize kernels, on a CUDA GPU: share of copy bandwidth, peers, host time.
 
 Times are medians over replays of a CUDA graph that rotates through at least 200 MB of buffers, so that the cache holds
 neither codes nor results of the launch before; "eager" times come from the same launches made one by one from Python.
@@ -51,6 +51,15 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "e4m3": torch.float8_e4m3fn}
 
+_ACTIVATION = "4096x4096"
+"""What the quantizers are measured on, in bfloat16."""
+
+QUANTIZERS: dict[str, Callable[[Tensor, Sequence[Tensor]], object]] = {
+    "nearest": lambda x, noise: torch.ops.surogate.quantize_nvfp4(x, False, False, "mse", False),
+    "four-over-six": lambda x, noise: torch.ops.surogate.quantize_nvfp4(x, False, True, "mse", False),
+    "stochastic": lambda x, noise: torch.ops.surogate.quantize_nvfp4_stochastic(x, *noise),
+}
+
 ROTATED_BYTES = 400 * 10**6
 REPLAYS = 25
 
@@ -80,6 +89,7 @@ def main() -> None:
         raise SystemExit("the kernels can't run here: the warning above says why")
     copy = best_copy_bandwidth()
     rows = [measure(label, shapes, dtype, copy) for dtype in arguments.dtype for label in FORMATS for shapes in SHAPES]
+    rows += [measure_quantizer(label, copy) for label in QUANTIZERS]
     add_bitsandbytes(rows)
     host = host_times()
     show(rows, copy, host)
@@ -212,6 +222,28 @@ def measure(label: str, name: str, dtype_name: str, copy: float) -> Row:
     us, eager = graph_us(runs), eager_us(runs)
     rate = traffic(fmt, shapes, dtype) / us / 1e6
     return Row(label, name, dtype_name, us, eager, rate, rate / copy)
+
+
+def quantizer_runs(label: str) -> list[Run]:
+    """One run a source; results are kept, so that buffers rotate."""
+    (shape,) = SHAPES[_ACTIVATION]
+    count = rotations(traffic(FORMATS["nvfp4"], [shape]))
+    noise = [torch.zeros(1, dtype=torch.int64, device="cuda") for _ in range(2)]
+    kept: list[object] = [None] * count
+
+    def run(index: int, x: Tensor) -> None:
+        kept[index] = QUANTIZERS[label](x, noise)
+
+    sources = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(count)]
+    return [lambda i=i: run(i, sources[i]) for i in range(count)]
+
+
+def measure_quantizer(label: str, copy: float) -> Row:
+    """One row; the traffic is the source, read once, and the result, though the source's amax takes a reading more."""
+    runs = quantizer_runs(label) * 4
+    us, eager = graph_us(runs), eager_us(runs)
+    rate = traffic(FORMATS["nvfp4"], SHAPES[_ACTIVATION]) / us / 1e6
+    return Row(f"bfloat16, {label}", _ACTIVATION, "nvfp4", us, eager, rate, rate / copy)
 
 
 def add_bitsandbytes(rows: Sequence[Row]) -> None:

@@ -33,11 +33,16 @@ ROWS = {
     "nf4 fp8-hybrid captured": ("nf4", "fp8-hybrid", "captured"),
     "nf4 compiled, Trainer": ("nf4", "bf16", "trainer"),
     "nf4 captured, Trainer": ("nf4", "bf16", "captured trainer"),
+    "nf4 captured, checkpointed": ("nf4", "bf16", "captured checkpointed"),
     "bf16 captured": ("bf16", "bf16", "captured"),
     "bitsandbytes": ("bitsandbytes", "bf16", "eager"),
+    "bitsandbytes, checkpointed": ("bitsandbytes", "bf16", "eager checkpointed"),
     "bitsandbytes, Trainer": ("bitsandbytes", "bf16", "trainer"),
 }
 """Name to base, recipe and way of running; "captured" includes compiled layers."""
+
+PEERS = ("bitsandbytes, checkpointed", "bitsandbytes, Trainer", "bitsandbytes")
+"""Rows that others are compared with: the first whose way they share."""
 
 
 def main() -> None:
@@ -49,13 +54,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     parser.add_argument("--profile", type=Path, help="write the kernels' times of a step of each row to this folder")
     parser.add_argument(
-        "--budget", type=float, default=1.0, help="share of the activations that torch.compile may save"
+        "--activation-memory",
+        type=float,
+        help="what of the activations compiled layers save, 0 to 1, instead of the default",
     )
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "ROW"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        torch._functorch.config.activation_memory_budget = arguments.budget
-        print(json.dumps(bench(*arguments.one, tuple(arguments.batch), arguments.profile)))
+        print(json.dumps(bench(*arguments.one, arguments)))
         return
     results = []
     for size in arguments.sizes:
@@ -69,7 +75,8 @@ def main() -> None:
 
 def _in_a_process(size: str, row: str, arguments: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--one", size, row, "--batch", *map(str, arguments.batch)]
-    command += ["--budget", str(arguments.budget)]
+    if arguments.activation_memory is not None:
+        command += ["--activation-memory", str(arguments.activation_memory)]
     if arguments.profile:
         command += ["--profile", str(arguments.profile)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -78,12 +85,19 @@ def _in_a_process(size: str, row: str, arguments: argparse.Namespace) -> dict:
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
-def bench(size: str, row: str, batch: tuple[int, int], profile: Path | None) -> dict:
+def bench(size: str, row: str, arguments: argparse.Namespace) -> dict:
     """One row in this process."""
     base, recipe, way = ROWS[row]
+    batch, profile = tuple(arguments.batch), arguments.profile
+    saving = {} if arguments.activation_memory is None else {"activation_memory": arguments.activation_memory}
     started = time.perf_counter()
-    model = _bitsandbytes_model(size) if base == "bitsandbytes" else _our_model(size, base, recipe, way != "eager")
+    if base == "bitsandbytes":
+        model = _bitsandbytes_model(size)
+    else:
+        model = _our_model(size, base, recipe, "eager" not in way, saving)
     loaded = time.perf_counter() - started
+    if "checkpointed" in way:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     resident = torch.cuda.memory_allocated()
     ids = torch.randint(0, 49000, batch, device="cuda")
     torch.cuda.reset_peak_memory_stats()
@@ -91,7 +105,7 @@ def bench(size: str, row: str, batch: tuple[int, int], profile: Path | None) -> 
         seconds, loss = _through_trainer(model, ids.cpu(), captured="captured" in way)
     else:
         seconds, loss = _through_loop(
-            model, ids, way == "captured", profile and profile / f"{size}-{row.replace(' ', '-')}.txt"
+            model, ids, "captured" in way, profile and profile / f"{size}-{row.replace(' ', '-')}.txt"
         )
     return {
         "size": size,
@@ -114,7 +128,7 @@ def _lora(model):
     return peft.get_peft_model(model, settings, autocast_adapter_dtype=False).train()
 
 
-def _our_model(size: str, base: str, recipe: str, compiled: bool):
+def _our_model(size: str, base: str, recipe: str, compiled: bool, saving: dict):
     from surogate_load.loss.fused_head import fuse_head
     from surogate_load.step.regional import compile_layers
 
@@ -122,14 +136,14 @@ def _our_model(size: str, base: str, recipe: str, compiled: bool):
         model = _dense_model(size).requires_grad_(False)
         fuse_head(model)
         if compiled:
-            compile_layers(model)
+            compile_layers(model, **saving)
         return _lora(model)
     from surogate_load import load_model
 
     path = Path(tempfile.gettempdir()) / f"qwen3-{size}-{base}"
     if not path.exists():
         write_random_artifact(qwen3_config(size), make_format(base, PARAMETERS[base]), path)
-    return _lora(load_model(path, recipe=recipe, device="cuda", compile="layers" if compiled else None))
+    return _lora(load_model(path, recipe=recipe, device="cuda", compile="layers" if compiled else None, **saving))
 
 
 def _dense_model(size: str):
@@ -266,7 +280,7 @@ def _print(results: list[dict]) -> None:
         if "error" in result:
             table.add_row(result["size"], result["row"], result["error"].splitlines()[-1])
             continue
-        name = "bitsandbytes, Trainer" if "Trainer" in result["row"] else "bitsandbytes"
+        name = next((n for n in PEERS if n.partition(", ")[2] in result["row"]), "bitsandbytes")
         peer = [each for each in results if each["size"] == result["size"] and each["row"] == name]
         ratio = f"{result['tokens_per_s'] / peer[0]['tokens_per_s']:.2f}" if peer and "error" not in peer[0] else ""
         keys = ("peak_gb", "resident_gb", "load_s", "first_step_s")

@@ -18,7 +18,7 @@ from surogate_load.errors import DeviceUnavailableError, MismatchedModelError
 from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, nearest, sort_keywords
 from surogate_load.local import open_local
 from surogate_load.model_recipe import set_recipe
-from surogate_load.step.regional import compile_layers
+from surogate_load.step.regional import ACTIVATION_MEMORY, compile_layers
 from surogate_load.weight import TORCH_DTYPES
 
 
@@ -30,6 +30,7 @@ def load_model(
     emulate: bool = False,
     *,
     compile: str | None = None,  # noqa: A002
+    activation_memory: float = ACTIVATION_MEMORY,
     device_map: Any = None,
     torch_dtype: torch.dtype | str | None = None,
     **keywords: Any,
@@ -50,6 +51,8 @@ def load_model(
         dtype: of what isn't quantized, and of the products; by default that of the source.
         emulate: compute fp8 and fp4 products in float32 from the same quantized operands, on any device.
         compile: `layers` compiles the decoder layers on their first call, adapters included.
+        activation_memory: with it, how much the backward may compute again to save memory; see
+            `step.regional.compile_layers`.
         device_map: transformers' name for `device`, where it names one.
         torch_dtype: transformers' former name for `dtype`.
         keywords: fields of `surogate_formats.recipe.Recipe`, over those that the artifact records; or keywords of
@@ -59,7 +62,8 @@ def load_model(
         A transformers model in evaluation mode, all of its parameters frozen.
 
     Raises:
-        UsageError: an unknown recipe, keyword or value of `compile`, or a format and a recipe that don't go together.
+        UsageError: an unknown recipe or keyword, a value that `compile` or `activation_memory` can't have, or a format
+            and a recipe that don't go together.
         NotDownloadedError: the name of a model on the Hub.
         DeviceUnavailableError: torch can't reach the device.
         UnsupportedDeviceError: the device can't run the recipe, and `emulate` is off.
@@ -72,6 +76,8 @@ def load_model(
     chosen_type = chosen_dtype(dtype, torch_dtype)
     if compile not in (None, "layers"):
         raise UsageError(f"load_model: compile={compile!r} is neither 'layers' nor None")
+    if not 0 <= activation_memory <= 1:
+        raise UsageError(f"load_model: activation_memory={activation_memory} is not between 0 and 1")
     with open_local(artifact) as opened:
         given = sort_keywords(keywords, opened.config.keys())
         chosen = choose_recipe(opened.recipe, recipe, given.switches)
@@ -80,7 +86,7 @@ def load_model(
     model.requires_grad_(False)
     set_recipe(model, chosen, emulate=emulate)
     if compile is not None:
-        compile_layers(model)
+        compile_layers(model, activation_memory)
     return model
 
 

@@ -54,6 +54,8 @@ def test_every_format_has_a_kernel_for_every_result():
         "cross_entropy": 3,
         "quantize_fp8": 9,
         "transpose": 1,
+        "quantize_nvfp4": 15,
+        "hadamard": 3,
     }
     for module in ("nf4", "nvfp4", "fp8"):
         assert {name.split("_", name.count("_") - name.endswith("e4m3fn"))[-1] for name in kernel_names(module)} == set(

@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 import surogate_load
+from surogate_formats.errors import UsageError
 from surogate_load import MicroStep, load_model
 from surogate_load.errors import NoLayersError
 from surogate_load.step.capturable import why_eager
@@ -110,14 +111,43 @@ def test_compile_layers_compiles_each_decoder_layer(artifact):
     model = adapted(artifact("nf4"))
     compile_layers(model.get_base_model(), backend="aot_eager")
     assert len(list(decoder_layers(model.get_base_model()))) == 2
-    for length in (24, 24, 20, 16, 9):
-        ids = IDS[:, :length]
-        loss, expected = (each(input_ids=ids, labels=ids).loss for each in (model, plain))
+    lengths = torch.randint(5, 200, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    for number, length in enumerate([24, 24, *lengths]):
+        ids = torch.randint(0, 64, (2, length))
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        expected.backward()
-        torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
+        if number < 8:
+            expected = plain(input_ids=ids, labels=ids).loss
+            expected.backward()
+            torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
     # The first layer's input needs no gradient, the others' does; each once for one length and once for any.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8-hybrid"])
+def test_compiled_layers_under_checkpointing(artifact, recipe):
+    results = []
+    for checkpointed in (False, True):
+        torch._dynamo.reset()
+        model = adapted(artifact("nf4"), recipe=recipe, emulate=True, dtype=torch.float32)
+        compile_layers(model.get_base_model(), backend="aot_eager")
+        if checkpointed:
+            _checkpointed(model)
+        layer = next(decoder_layers(model.get_base_model()))
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), gradients))
+        assert layer.gradient_checkpointing is checkpointed
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        assert torch.equal(gradient, results[1][1][name]), name
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_activation_memory_is_a_share(artifact, share):
+    with pytest.raises(UsageError, match="activation_memory"):
+        load_model(artifact("nf4"), compile="layers", activation_memory=share)
 
 
 def test_compile_is_a_keyword_of_load_model(artifact):

@@ -10,6 +10,8 @@ struct Hadamard {
 
 static_assert(sizeof(Hadamard) == HADAMARD_BYTES, "as Python packs it");
 
+ARITHMETIC(subtract, "sub.rn.f32")
+
 template <class Read>
 __device__ __forceinline__ void transform(const Hadamard& h) {
     i64 chunk = (i64)blockIdx.x * THREADS + threadIdx.x;
@@ -22,7 +24,7 @@ __device__ __forceinline__ void transform(const Hadamard& h) {
 #pragma unroll
     for (int width = 1; width < 8; width *= 2) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i] = i & width ? add(v[i - width], -v[i]) : add(v[i], v[i + width]);
+        for (int i = 0; i < 8; ++i) sum[i] = i & width ? subtract(v[i - width], v[i]) : add(v[i], v[i + width]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] = sum[i];
     }
@@ -30,7 +32,7 @@ __device__ __forceinline__ void transform(const Hadamard& h) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         float other = __shfl_xor_sync(both, v[i], 1);
-        v[i] = multiply(upper ? add(other, -v[i]) : add(v[i], other), 0.25f);
+        v[i] = multiply(upper ? subtract(other, v[i]) : add(v[i], other), 0.25f);
     }
     Float32::pack(h.out + 8 * chunk, v);
 }

@@ -1,8 +1,7 @@
-// NVFP4 quantization of what a step computes: the amax, then codes and scales. A thread rounds a block of 16 values, or a
-// tile of 16 such rows, so that errors are summed in the order of the elements.
+// NVFP4 quantization of what a step computes: the amax, then codes and scales. A thread rounds a block of 16 values, or
+// a tile of 16 such rows, so that errors are summed in the order of the elements.
 
 constexpr int THREADS = FP4_THREADS;
-constexpr int BLOCK = FP4_BLOCK;
 
 struct QuantizeNvfp4 {
     const void* x;        // [rows, columns]
@@ -22,38 +21,6 @@ struct QuantizeNvfp4 {
 };
 
 static_assert(sizeof(QuantizeNvfp4) == QUANTIZE_NVFP4_BYTES, "as Python packs it");
-
-// Magnitudes of a block, and the signs where they stand among the codes.
-struct Values {
-    float v[BLOCK];
-    u32 signs[2];
-
-    // The largest magnitude's bits, which order as the magnitudes do; a NaN is above all.
-    __device__ __forceinline__ u32 largest() const {
-        u32 largest = 0;
-#pragma unroll
-        for (int i = 0; i < BLOCK; ++i) largest = max(largest, bits_of(v[i]));
-        return largest;
-    }
-};
-
-template <class Read>
-__device__ __forceinline__ Values read_block(const QuantizeNvfp4& q, i64 i) {
-    Values values;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float v[8];
-        Read::eight((const typename Read::Code*)q.x + BLOCK * i + 8 * half, v);
-        u32 signs = 0;
-#pragma unroll
-        for (int j = 7; j >= 0; --j) {
-            signs = __funnelshift_l(bits_of(v[j]), signs, 4);
-            values.v[8 * half + j] = absolute(v[j]);
-        }
-        values.signs[half] = signs & 0x88888888u;
-    }
-    return values;
-}
 
 __device__ __forceinline__ u32 largest_of_block(u32 mine) {
     __shared__ u32 of_warp[THREADS / 32];
@@ -97,53 +64,8 @@ __device__ __forceinline__ float find_global_scale(const QuantizeNvfp4& q) {
     return shared;
 }
 
-struct Scale {
-    u32 code;
-    Divisor step;
-};
-
-// E4M3, at least the smallest where the block has magnitude, else 0.
-template <bool ORDINARY, bool UP = false>
-__device__ __forceinline__ Scale scale_for(float wanted, u32 largest, const Divisor& g) {
-    u32 code = to_e4m3_pair(wanted, 0.0f) & 0xFFu;
-    if (UP) code = min(code + (from_e4m3((u8)code) < wanted), 0x7Eu);
-    bool has_magnitude = largest != 0 && largest <= 0x7F800000u;
-    code = has_magnitude ? max(code, 1u) : 0;
-    return {code, divisor<ORDINARY>(quotient<ORDINARY>(from_e4m3((u8)code), g))};
-}
-
-template <bool ORDINARY>
-__device__ __forceinline__ float sixth_of(u32 largest, const Divisor& g) {
-    return multiply(quotient<ORDINARY>(__uint_as_float(largest), divisor<ORDINARY>(E2M1_MAX)), g.value);
-}
-
-struct NoError {
-    __device__ static float joined(float, float) { return 0.0f; }
-};
-struct Mse {
-    __device__ static float joined(float total, float difference) { return add(total, multiply(difference, difference)); }
-};
-struct L1 {
-    __device__ static float joined(float total, float difference) { return add(total, absolute(difference)); }
-};
-struct Absmax {
-    __device__ static float joined(float total, float difference) { return larger(total, absolute(difference)); }
-};
-
-// Codes without signs, and the error so far with this block's.
-template <bool ORDINARY, class Metric>
-__device__ __forceinline__ float round_block(const Values& x, const Divisor& step, u32 (&words)[2], float total = 0.0f) {
-    words[0] = words[1] = 0;
-#pragma unroll
-    for (int i = 0; i < BLOCK; ++i) {
-        Magnitude rounded = nearest_magnitude(near_quotient<ORDINARY>(x.v[i], step));
-        words[i / 8] = __funnelshift_r(words[i / 8], rounded.code, 4);
-        total = Metric::joined(total, add(multiply(rounded.value, step.value), -x.v[i]));
-    }
-    return total;
-}
-
-__device__ __forceinline__ void write_block(const QuantizeNvfp4& q, i64 i, const Values& x, u32 scale, const u32 (&words)[2]) {
+__device__ __forceinline__ void write_block(const QuantizeNvfp4& q, i64 i, const Values& x, u32 scale,
+                                            const u32 (&words)[2]) {
     q.scale[i] = (u8)scale;
     // A block without magnitude has no signs.
     ((uint2*)q.codes)[i] = make_uint2(words[0] | (scale ? x.signs[0] : 0), words[1] | (scale ? x.signs[1] : 0));
@@ -153,27 +75,25 @@ template <class Read>
 struct Nearest {
     __device__ static i64 count(const QuantizeNvfp4& q) { return q.rows * q.columns / BLOCK; }
 
-    template <bool ORDINARY>
-    __device__ static void quantize(const QuantizeNvfp4& q, i64 i, const Divisor& g) {
-        Values x = read_block<Read>(q, i);
+    __device__ static void quantize(const QuantizeNvfp4& q, i64 i, float g) {
+        Values x = read_block<Read>(q.x, i);
         u32 largest = x.largest(), words[2];
-        Scale six = scale_for<ORDINARY>(sixth_of<ORDINARY>(largest, g), largest, g);
-        round_block<ORDINARY, NoError>(x, six.step, words);
+        Scale six = scale_for(sixth_of(largest, g), largest, g);
+        round_block<NoError>(x, six.step, words);
         write_block(q, i, x, six.code, words);
     }
 };
 
 template <class Read, class Metric>
 struct FourOverSix : Nearest<Read> {
-    template <bool ORDINARY>
-    __device__ static void quantize(const QuantizeNvfp4& q, i64 i, const Divisor& g) {
-        Values x = read_block<Read>(q, i);
+    __device__ static void quantize(const QuantizeNvfp4& q, i64 i, float g) {
+        Values x = read_block<Read>(q.x, i);
         u32 largest = x.largest(), words_6[2], words_4[2];
-        float sixth = sixth_of<ORDINARY>(largest, g);
-        Scale six = scale_for<ORDINARY>(sixth, largest, g);
-        Scale four = scale_for<ORDINARY>(multiply(1.5f, sixth), largest, g);
-        float error_6 = round_block<ORDINARY, Metric>(x, six.step, words_6);
-        float error_4 = round_block<ORDINARY, Metric>(x, four.step, words_4);
+        float sixth = sixth_of(largest, g);
+        Scale six = scale_for(sixth, largest, g);
+        Scale four = scale_for(multiply(1.5f, sixth), largest, g);
+        float error_6 = round_block<Metric>(x, six.step, words_6);
+        float error_4 = round_block<Metric>(x, four.step, words_4);
         bool smaller_error = bits_of(error_4) < bits_of(error_6);
         u32 words[2] = {smaller_error ? words_4[0] : words_6[0], smaller_error ? words_4[1] : words_6[1]};
         write_block(q, i, x, smaller_error ? four.code : six.code, words);
@@ -184,30 +104,27 @@ template <class Read, class Metric>
 struct Tile {
     __device__ static i64 count(const QuantizeNvfp4& q) { return (q.rows + BLOCK - 1) / BLOCK * (q.columns / BLOCK); }
 
-    template <bool ORDINARY>
-    __device__ static void quantize(const QuantizeNvfp4& q, i64 i, const Divisor& g) {
+    __device__ static void quantize(const QuantizeNvfp4& q, i64 i, float g) {
         i64 across = q.columns / BLOCK, row = i / across * BLOCK;
         i64 first = row * across + i % across, end = first + min(q.rows - row, (i64)BLOCK) * across;
         u32 largest = 0, words[2];
 #pragma unroll 1
-        for (i64 b = first; b < end; b += across) largest = max(largest, read_block<Read>(q, b).largest());
-        float sixth = sixth_of<ORDINARY>(largest, g);
-        Scale chosen = scale_for<ORDINARY>(sixth, largest, g);
-        if (q.four_over_six) {
-            Scale four = scale_for<ORDINARY>(multiply(1.5f, sixth), largest, g);
-            float error_6 = 0.0f, error_4 = 0.0f;
+        for (i64 b = first; b < end; b += across) largest = max(largest, read_block<Read>(q.x, b).largest());
+        float sixth = sixth_of(largest, g), error_6 = 0.0f;
+        Scale chosen = scale_for(sixth, largest, g), tried = chosen;
 #pragma unroll 1
-            for (i64 b = first; b < end; b += across) {
-                Values x = read_block<Read>(q, b);
-                error_6 = round_block<ORDINARY, Metric>(x, chosen.step, words, error_6);
-                error_4 = round_block<ORDINARY, Metric>(x, four.step, words, error_4);
-            }
-            if (bits_of(error_4) < bits_of(error_6)) chosen = four;
+        for (int candidate = 0; q.four_over_six && candidate < 2; ++candidate) {
+            float error = 0.0f;
+#pragma unroll 1
+            for (i64 b = first; b < end; b += across)
+                error = round_block<Metric>(read_block<Read>(q.x, b), tried.step, words, error);
+            if (candidate == 0) error_6 = error, tried = scale_for(multiply(1.5f, sixth), largest, g);
+            else if (bits_of(error) < bits_of(error_6)) chosen = tried;
         }
 #pragma unroll 1
         for (i64 b = first; b < end; b += across) {
-            Values x = read_block<Read>(q, b);
-            round_block<ORDINARY, NoError>(x, chosen.step, words);
+            Values x = read_block<Read>(q.x, b);
+            round_block<NoError>(x, chosen.step, words);
             write_block(q, b, x, chosen.code, words);
         }
     }
@@ -215,18 +132,17 @@ struct Tile {
 
 template <class Read>
 struct Stochastic : Nearest<Read> {
-    template <bool ORDINARY>
-    __device__ static void quantize(const QuantizeNvfp4& q, i64 i, const Divisor& g) {
-        Values x = read_block<Read>(q, i);
+    __device__ static void quantize(const QuantizeNvfp4& q, i64 i, float g) {
+        Values x = read_block<Read>(q.x, i);
         u32 largest = x.largest(), words[2];
-        Scale up = scale_for<ORDINARY, true>(sixth_of<ORDINARY>(largest, g), largest, g);
+        Scale up = scale_for<true>(sixth_of(largest, g), largest, g);
 #pragma unroll
         for (int four = 0; four < BLOCK / 4; ++four) {
             u32 noise[4], &word = words[four / 2];
             philox((u64)(BLOCK / 4 * i + four), (u64)*q.noise, (u64)*q.seed, noise);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                float normalized = quotient<ORDINARY>(x.v[4 * four + j], up.step);
+                float normalized = quotient(x.v[4 * four + j], up.step);
                 word = __funnelshift_r(word, random_code(normalized, noise[j]), 4);
             }
         }
@@ -234,21 +150,12 @@ struct Stochastic : Nearest<Read> {
     }
 };
 
-template <class Rounding, bool ORDINARY>
-__device__ __forceinline__ void quantize_all(const QuantizeNvfp4& q, float global_scale) {
-    Divisor g = divisor<ORDINARY>(global_scale);
-    i64 count = Rounding::count(q), stride = (i64)gridDim.x * THREADS;
-#pragma unroll 1
-    for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < count; i += stride)
-        Rounding::template quantize<ORDINARY>(q, i, g);
-}
-
-// With g within these bounds every step is within [2^-89, 2^89].
 template <class Rounding>
 __device__ __forceinline__ void quantize(const QuantizeNvfp4& q) {
     float g = find_global_scale(q);
-    if (g >= 0x1p-80f && g <= 0x1p80f) quantize_all<Rounding, true>(q, g);
-    else quantize_all<Rounding, false>(q, g);
+    i64 count = Rounding::count(q), stride = (i64)gridDim.x * THREADS;
+#pragma unroll 1
+    for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < count; i += stride) Rounding::quantize(q, i, g);
 }
 
 template <template <class, class> class Rounding, class Read>

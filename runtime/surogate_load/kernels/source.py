@@ -20,7 +20,7 @@ MODULES = {
     "cross_entropy": ("conversions", "cross_entropy"),
     "quantize_fp8": ("conversions", "quantize_fp8"),
     "transpose": ("conversions", "transpose"),
-    "quantize_nvfp4": ("conversions", "e2m1", "philox", "quantize_nvfp4"),
+    "quantize_nvfp4": ("conversions", "e2m1", "philox", "nvfp4_block", "quantize_nvfp4"),
     "hadamard": ("conversions", "hadamard"),
 }
 """Module name to the `.cu` files that make it up, in order."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from surogate_formats.nvfp4 import BLOCK, LARGEST_GLOBAL_SCALE
-from surogate_formats.tables import E2M1_MAX, E4M3_MAX
+from surogate_formats.tables import E2M1_MAX, E4M3_MAX, LARGEST_BLOCK_SCALE
 from surogate_load.ops.library import define
 from surogate_load.ops.philox import uniform
 from surogate_load.ops.quantize_fp8 import largest_magnitude
@@ -20,15 +20,17 @@ from surogate_load.ops.rounding import (
     to_e2m1_codes_stochastic,
 )
 
-_LARGEST_SCALE = {False: 448, True: 256}
-
 Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def reach(four_over_six: bool) -> float:
+    """T, what the global scale maps the largest magnitude to: the largest block scale times the largest code."""
+    return float(LARGEST_BLOCK_SCALE[four_over_six] * E2M1_MAX)
 
 
 def global_scale(amax: Tensor, four_over_six: bool, power_of_two: bool) -> Tensor:
     """g, float32 [1]: min(fl(T / amax), 2^123), rounded down to a power of two on request; 1 where amax is 0."""
-    reach = constant(_LARGEST_SCALE[four_over_six] * float(E2M1_MAX), amax.device)
-    g = (reach / amax).clamp(max=float(LARGEST_GLOBAL_SCALE))
+    g = (constant(reach(four_over_six), amax.device) / amax).clamp(max=float(LARGEST_GLOBAL_SCALE))
     if power_of_two:
         g = power_of_two_floor(g)
     return torch.where(amax == 0, torch.ones_like(g), g)
@@ -61,7 +63,7 @@ def _block_error(values: Tensor, tiles: Tensor, metric: str) -> Tensor:
 def _finish(codes: Tensor, scale: Tensor, g: Tensor, rows: int) -> Parts:
     height = codes.shape[1]
     stored = scale.to(torch.float8_e4m3fn).view(torch.uint8).repeat_interleave(height, dim=0)[:rows]
-    flat = codes.reshape(codes.shape[0] * height, -1)[:rows]
+    flat = codes.reshape(codes.shape[0] * height, codes.shape[2] * BLOCK)[:rows]
     return pack_low_first(flat), stored.view(torch.float8_e4m3fn), g
 
 

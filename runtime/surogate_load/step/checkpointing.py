@@ -1,16 +1,19 @@
-"""Activation checkpointing inside a CUDA graph: it must not look at the random state, which it does on the host."""
+"""Activation checkpointing around compiled layers, and inside CUDA graphs: there it must not read the random state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 _FUNCTION = "_gradient_checkpointing_func"
+_CACHES = {"cache", "layer_past"}
+"""Names of a cache among transformers' arguments of a layer."""
 
 
 def why_not_captured(model: nn.Module) -> str | None:
@@ -37,6 +40,34 @@ def without_random_state(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, original in zip(layers, originals, strict=True):
             setattr(layer, _FUNCTION, original)
+
+
+def checkpoints_itself(layer: nn.Module) -> bool:
+    """Whether the layer's own `forward` would checkpoint now; older transformers do it around the whole call."""
+    wanted = getattr(layer, "gradient_checkpointing", False) is True and layer.training and torch.is_grad_enabled()
+    return wanted and hasattr(layer, _FUNCTION) and type(layer).__call__ is nn.Module.__call__
+
+
+@contextmanager
+def checkpoints_nothing(layer: nn.Module) -> Iterator[None]:
+    """The layer without its checkpointing."""
+    if getattr(layer, "gradient_checkpointing", False) is not True:
+        yield
+        return
+    setattr(layer, "gradient_checkpointing", False)  # noqa: B010  (a plain attribute, which mypy takes for a module)
+    try:
+        yield
+    finally:
+        setattr(layer, "gradient_checkpointing", True)  # noqa: B010
+
+
+def checkpointed(layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function under the layer's checkpointing, without caches, which a second call would fill twice."""
+    if kwargs.get("use_cache"):
+        kwargs["use_cache"] = False
+    if not getattr(layer, "_can_checkpoint_with_cache", False):
+        kwargs.update(dict.fromkeys(kwargs.keys() & _CACHES))
+    return getattr(layer, _FUNCTION)(partial(function, **kwargs), *args)
 
 
 def _checkpointed(model: nn.Module) -> Iterator[nn.Module]:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 from torch import nn
+from torch._functorch import config
 
 from surogate_load.errors import NoLayersError
 from surogate_load.step.attention import fastest_attention
+from surogate_load.step.checkpointing import checkpointed, checkpoints_itself, checkpoints_nothing
+
+ACTIVATION_MEMORY = 0.95
+"""What of a layer's activations is saved by default: at 8B, this takes 6 GB off 28 and 2 % off the speed."""
 
 
-def compile_layers(model: nn.Module, **options: Any) -> None:
+def compile_layers(model: nn.Module, activation_memory: float = ACTIVATION_MEMORY, **options: Any) -> None:
     """Compiles every decoder layer on its first call, without graph breaks; adapters may be added until then.
 
     Args:
         model: of transformers.
+        activation_memory: torch's `activation_memory_budget`: from 1, where the backward computes next to nothing
+            again, down to 0, where it computes everything again; the cheapest (norms, activation functions) goes first.
         options: of `torch.compile`.
 
     Raises:
@@ -27,7 +35,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         raise NoLayersError(f"{type(model).__name__} has no decoder layers to compile: leave compile out")
     for layer in layers:
         layer.compile(**{"fullgraph": True, **options})
-        layer._compiled_call_impl = _with_fastest_attention(layer._compiled_call_impl)  # type: ignore[arg-type]
+        layer._compiled_call_impl = _around(layer, layer._compiled_call_impl, activation_memory)  # type: ignore[arg-type]
 
 
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -38,10 +46,31 @@ def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _with_fastest_attention(call: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(call)
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with fastest_attention():  # the kernel is chosen when the layer is traced
+def _around(layer: nn.Module, call: Callable[..., Any], activation_memory: float) -> Callable[..., Any]:
+    """The compiled call with what must hold while it is traced, and inside a layer's checkpoint, not around it.
+
+    dynamo refuses checkpoints around what merged projections keep between their members' calls.
+    """
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        with fastest_attention(), checkpoints_nothing(layer), _saving(activation_memory):
             return call(*args, **kwargs)
 
-    return inside
+    @wraps(call)
+    def call_or_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        if checkpoints_itself(layer):
+            return checkpointed(layer, compiled, *args, **kwargs)
+        return compiled(*args, **kwargs)
+
+    return call_or_checkpoint
+
+
+@contextmanager
+def _saving(activation_memory: float) -> Iterator[None]:
+    """Torch's own `patch` would take four times as long, at every call of every layer."""
+    before = config.activation_memory_budget
+    config.activation_memory_budget = activation_memory
+    try:
+        yield
+    finally:
+        config.activation_memory_budget = before
