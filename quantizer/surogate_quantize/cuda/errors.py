@@ -31,17 +31,15 @@ def device_errors(name: str) -> Iterator[None]:
     Raises:
         DeviceMemoryError, DeviceFailedError: see the classes.
     """
-    from cupy.cuda.driver import CUDADriverError
-    from cupy.cuda.memory import OutOfMemoryError
-    from cupy.cuda.runtime import CUDARuntimeError
+    from cupy.cuda import driver, memory, runtime
 
     try:
         yield
-    except OutOfMemoryError as error:
+    except memory.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"{name}: no memory left ({first_line(error)}); end what else runs there, or use `device='cpu'`"
         ) from error
-    except (CUDADriverError, CUDARuntimeError) as error:
+    except (driver.CUDADriverError, runtime.CUDARuntimeError) as error:
         raise DeviceFailedError(f"{name}: {first_line(error)}; try again, or use `device='cpu'`") from error
 
 
