@@ -29,6 +29,10 @@ class DeviceUnavailableError(SurogateError):
     """torch can't reach the device: it doesn't exist, or torch was built without it."""
 
 
+class DeviceMemoryError(SurogateError):
+    """The device has no room for the model."""
+
+
 class UnknownArchitectureError(SurogateError):
     """The installed transformers can't make a model from the artifact's config.json."""
 

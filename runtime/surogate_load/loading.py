@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from surogate_formats.artifact import Artifact
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import RECIPES, Recipe, check_compatible
 from surogate_load.architecture import model_class, model_config, need_transformers, one_line
-from surogate_load.errors import DeviceUnavailableError, MismatchedModelError
+from surogate_load.device_choice import default_dtype, memory_errors, reachable
+from surogate_load.errors import MismatchedModelError
 from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, nearest, sort_keywords
 from surogate_load.local import open_local
 from surogate_load.model_recipe import set_recipe
-from surogate_load.step.regional import ACTIVATION_MEMORY, compile_layers
-from surogate_load.weight import TORCH_DTYPES
+from surogate_load.recipes.device import check_device
+from surogate_load.step.regional import compile_layers
 
 
 def load_model(
@@ -30,7 +30,7 @@ def load_model(
     emulate: bool = False,
     *,
     compile: str | None = None,  # noqa: A002
-    activation_memory: float = ACTIVATION_MEMORY,
+    activation_memory: float | None = None,
     device_map: Any = None,
     torch_dtype: torch.dtype | str | None = None,
     **keywords: Any,
@@ -48,11 +48,11 @@ def load_model(
         artifact: the directory that surogate-quantize, or `save_pretrained` of a packed model, wrote.
         recipe: `bf16`, `fp8-hybrid` or `nvfp4`; by default the one that the artifact records.
         device: where the model goes; by default the CPU.
-        dtype: of what isn't quantized, and of the products; by default that of the source.
+        dtype: of what isn't quantized, and of the products; by default that of the source, but float16 for bfloat16 on
+            GPUs that don't multiply that (below compute capability 8.0).
         emulate: compute fp8 and fp4 products in float32 from the same quantized operands, on any device.
         compile: `layers` compiles the decoder layers on their first call, adapters included.
-        activation_memory: with it, how much the backward may compute again to save memory; see
-            `step.regional.compile_layers`.
+        activation_memory: with it, what of the activations is saved for the backward, 0 to 1; see `compile_layers`.
         device_map: transformers' name for `device`, where it names one.
         torch_dtype: transformers' former name for `dtype`.
         keywords: fields of `surogate_formats.recipe.Recipe`, over those that the artifact records; or keywords of
@@ -66,6 +66,7 @@ def load_model(
             and a recipe that don't go together.
         NotDownloadedError: the name of a model on the Hub.
         DeviceUnavailableError: torch can't reach the device.
+        DeviceMemoryError: the device has no room for the model.
         UnsupportedDeviceError: the device can't run the recipe, and `emulate` is off.
         UnknownArchitectureError: transformers can't make a model from config.json.
         PackedExpertsError, UnsupportedModuleError: a packed weight has no linear layer to live in.
@@ -76,15 +77,19 @@ def load_model(
     chosen_type = chosen_dtype(dtype, torch_dtype)
     if compile not in (None, "layers"):
         raise UsageError(f"load_model: compile={compile!r} is neither 'layers' nor None")
-    if not 0 <= activation_memory <= 1:
+    if activation_memory is not None and not 0 <= activation_memory <= 1:
         raise UsageError(f"load_model: activation_memory={activation_memory} is not between 0 and 1")
     with open_local(artifact) as opened:
         given = sort_keywords(keywords, opened.config.keys())
         chosen = choose_recipe(opened.recipe, recipe, given.switches)
         check_compatible(opened.format.name, chosen)
-        model = _read_model(opened, _reachable(chosen_on), chosen_type or _source_dtype(opened), given)
-    model.requires_grad_(False)
-    set_recipe(model, chosen, emulate=emulate)
+        reached = reachable(chosen_on)
+        if not emulate:
+            check_device(chosen, reached)
+        with memory_errors(opened, reached):
+            model = _read_model(opened, reached, chosen_type or default_dtype(opened, reached), given)
+            model.requires_grad_(False)
+            set_recipe(model, chosen, emulate=emulate)
     if compile is not None:
         compile_layers(model, activation_memory)
     return model
@@ -97,26 +102,6 @@ def choose_recipe(recorded: Recipe, name: str | None, switches: dict[str, Any]) 
     lowered = {key: value.lower() if isinstance(value, str) else value for key, value in switches.items()}
     chosen: dict[str, Any] = lowered if name is None else {**lowered, "name": name}
     return replace(recorded, **chosen)
-
-
-def _reachable(device: str | torch.device) -> torch.device:
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
-        raise DeviceUnavailableError(f"device {device}: {one_line(error)}; choose another, such as cpu") from error
-    return chosen
-
-
-def _source_dtype(artifact: Artifact) -> torch.dtype:
-    """The dtype that config.json declares, else the commonest of the weights that were quantized."""
-    declared = artifact.config.get("dtype") or artifact.config.get("torch_dtype")
-    if isinstance(declared, str) and isinstance(getattr(torch, declared, None), torch.dtype):
-        dtype: torch.dtype = getattr(torch, declared)
-        return dtype
-    records = artifact.manifest.tensors.values()
-    dtypes = Counter(record.dtype for record in records if record.decision == "quantize")
-    return TORCH_DTYPES[dtypes.most_common(1)[0][0]]
 
 
 def _read_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, keywords: Keywords) -> Any:

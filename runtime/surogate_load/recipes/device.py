@@ -20,7 +20,7 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
 
     Raises:
         UnsupportedDeviceError: it can't; the message names the compute capability needed and had.
-        BackendUnavailableError: the package behind `backend` is missing.
+        BackendUnavailableError: nothing here multiplies through `backend`.
     """
     needed = NEEDED_CAPABILITY.get(recipe.name)
     if needed is None:
@@ -31,11 +31,10 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
         raise UnsupportedDeviceError(
             f"recipe {recipe.name} needs CUDA compute capability {_dotted(needed)}, {device} {found}: {_ADVICE}"
         )
-    if recipe.name == "nvfp4" and recipe.backend == "cudnn" and find_spec("cudnn") is None:
-        raise BackendUnavailableError("backend cudnn: pip install nvidia-cudnn-frontend, or use backend cutlass")
-    if recipe.name == "nvfp4":
-        raise UnsupportedDeviceError(
-            f"recipe nvfp4: this version has no kernels for compute capability {_dotted(has)}: {_ADVICE}"
+    if recipe.name == "nvfp4" and recipe.backend == "cudnn":
+        missing = "" if find_spec("cudnn") else "nvidia-cudnn-frontend is not installed, and "
+        raise BackendUnavailableError(
+            f"backend cudnn: {missing}this version has no products of cuDNN: use backend cutlass or emulate=True"
         )
 
 

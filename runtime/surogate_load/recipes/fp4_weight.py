@@ -11,6 +11,7 @@ from surogate_formats.nvfp4 import BLOCK, NVFP4
 from surogate_formats.recipe import Recipe
 from surogate_load.errors import NeedsTwoDimensionalScalesError
 from surogate_load.placement import FixedDtypeModule
+from surogate_load.recipes.fp4_matmul import swizzle
 from surogate_load.recipes.layer import PackedWeight
 from surogate_load.recipes.notes import Notes
 from surogate_load.weight import WeightKind
@@ -34,19 +35,37 @@ class Fp4Operand:
 
 
 class Fp4Weights(FixedDtypeModule):
-    """The two operands, and the parts of those that the artifact doesn't hold; derived from it, so not saved."""
+    """The two operands, and the parts of those that the artifact doesn't hold; derived from it, so not saved.
+
+    Attributes:
+        swizzled: the forward's block scales in the order of tensor cores; None where those don't multiply.
+    """
+
+    swizzled: Tensor | None
 
     def __init__(self, forward: Fp4Operand, backward: Fp4Operand) -> None:
         """Operands whose parts are the artifact's, until `own` adds others."""
         super().__init__()
         self._operands = (forward, backward)
         self._own: dict[str, int] = {}
+        self.register_buffer("swizzled", None, persistent=False)
+
+    @property
+    def fp4(self) -> bool:
+        """Whether the forward multiplies FP4 operands."""
+        return self._operands[0].fp4
 
     def own(self, direction: str, parts: Parts) -> None:
         """Keeps parts for the `forward` or the `backward` operand."""
         for index, part in enumerate(parts):
             self.register_buffer(f"{direction}_{index}", part, persistent=False)
         self._own[direction] = len(parts)
+
+    def swizzle(self, stored: Parts) -> None:
+        """Lays the scales out for tensor cores: half a bit a weight more, but W^T's own replace the plain ones."""
+        self.swizzled = swizzle((self._parts("forward") or stored)[1])
+        if "backward" in self._own:
+            self.own("backward", tuple(swizzle(p) if i == 1 else p for i, p in enumerate(self._parts("backward"))))
 
     def operands(self, stored: Parts) -> tuple[Fp4Operand, Fp4Operand, Parts]:
         """(forward, backward, parts): the forward's parts, then the backward's where they are others."""

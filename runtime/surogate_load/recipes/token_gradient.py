@@ -1,6 +1,9 @@
 """The weight gradient of an adapter under recipe nvfp4: a product over tokens whose two operands are NVFP4.
 
 Both go through the random Hadamard transform along the tokens, which spreads outliers and cancels in the product.
+
+The product is one of the dequantized operands in float32 on every device, tensor cores or not: one of its sides is the
+adapter's rank, so that quantizing the operands takes longer than multiplying them.
 """
 
 from __future__ import annotations
@@ -12,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from surogate_formats.nvfp4 import BLOCK
-from surogate_load.recipes.fp4_operand import ActivationRounding, rounded_activation, rounded_gradient
+from surogate_load.recipes.fp4_operand import (
+    ActivationRounding,
+    dequantized,
+    quantized_activation,
+    quantized_gradient,
+)
 from surogate_load.recipes.noise import Noise
 
 
@@ -39,8 +47,8 @@ def _along_tokens(x: Tensor, rounding: TokenRounding) -> Tensor:
 
 def weight_gradient(gradient: Tensor, x: Tensor, rounding: TokenRounding, noise: tuple[Tensor, Tensor]) -> Tensor:
     """dy^T x, float32 [N, K], of dy [..., N] and x [..., K]."""
-    dy = rounded_gradient(_along_tokens(gradient, rounding), rounding.stochastic, noise)
-    return dy @ rounded_activation(_along_tokens(x, rounding), ActivationRounding()).t()
+    dy = quantized_gradient(_along_tokens(gradient, rounding), rounding.stochastic, noise)
+    return dequantized(dy) @ dequantized(quantized_activation(_along_tokens(x, rounding), ActivationRounding())).t()
 
 
 class _TokenGradientLinear(torch.autograd.Function):
