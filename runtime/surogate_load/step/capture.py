@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from surogate_load.kernels import load_kernels
-from surogate_load.recipes.delayed import DelayedScale
+from surogate_load.linear import QuantizedLinear
+from surogate_load.recipes.delayed import DelayedScale, delayed_scales
 from surogate_load.recipes.noise import Noise
 from surogate_load.step.attention import fastest_attention
 from surogate_load.step.checkpointing import without_random_state
@@ -30,12 +31,14 @@ class Gradients:
         """Makes the buffers; `attach` fills them."""
         self._all = list(model.parameters())
         self._adapters = [module for module in model.modules() if hasattr(module, "disable_adapters")]
+        self._layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        self._scales = delayed_scales(model)
         self.parameters = [parameter for parameter in self._all if parameter.requires_grad]
         self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
         self._made_for = self._identity(model)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the model still trains the same parameters, where they were, through the same adapters."""
+        """Whether the model still trains the same parameters, where they were, through the same adapters and recipe."""
         return self._made_for == self._identity(model)
 
     def attach(self) -> None:
@@ -57,6 +60,8 @@ class Gradients:
             [parameter.data_ptr() if parameter.requires_grad else 0 for parameter in self._all],
             list(active) if isinstance(active, list) else [],
             [module.disable_adapters for module in self._adapters],
+            [layer.recipe for layer in self._layers],
+            [scale.ready for scale in self._scales],
         )
 
 

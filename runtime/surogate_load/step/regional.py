@@ -8,7 +8,8 @@ from functools import wraps
 from typing import Any
 
 from torch import nn
-from torch._functorch import config
+from torch._dynamo import config as dynamo
+from torch._functorch import config as functorch
 
 from surogate_load.errors import NoLayersError
 from surogate_load.step.attention import fastest_attention
@@ -16,6 +17,10 @@ from surogate_load.step.checkpointing import checkpointed, checkpoints_itself, c
 
 LARGE = 4096
 """Hidden size from which computing a little again costs little beside the products: 2 % at 8B, but 4 % at 0.6B."""
+
+VARIANTS = 32
+"""Compilations of a layer's code: the first layer and others, one length and any, before and after the first step of
+recipe fp8-hybrid, training and evaluation."""
 
 SAVED_IF_LARGE = 0.95
 """What of a large layer's activations is saved by default; at 8B that takes 6 GB off 28."""
@@ -60,7 +65,7 @@ def _around(layer: nn.Module, call: Callable[..., Any], activation_memory: float
     """
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        with fastest_attention(), checkpoints_nothing(layer), _saving(activation_memory):
+        with fastest_attention(), checkpoints_nothing(layer), _configured(activation_memory):
             return call(*args, **kwargs)
 
     @wraps(call)
@@ -73,11 +78,12 @@ def _around(layer: nn.Module, call: Callable[..., Any], activation_memory: float
 
 
 @contextmanager
-def _saving(activation_memory: float) -> Iterator[None]:
-    """Torch's own `patch` would take four times as long, at every call of every layer."""
-    before = config.activation_memory_budget
-    config.activation_memory_budget = activation_memory
+def _configured(activation_memory: float) -> Iterator[None]:
+    """Settings while a layer is compiled; torch's own `patch` would take four times as long, at every call."""
+    before = functorch.activation_memory_budget, dynamo.recompile_limit
+    functorch.activation_memory_budget = activation_memory
+    dynamo.recompile_limit = max(before[1], VARIANTS)
     try:
         yield
     finally:
-        config.activation_memory_budget = before
+        functorch.activation_memory_budget, dynamo.recompile_limit = before
