@@ -8,7 +8,6 @@ from runtime.layers import KINDS, make_layer, with_recipe
 from torch._dynamo.backends.common import aot_autograd
 
 from surogate_formats.recipe import Recipe
-from surogate_load.model_recipe import set_recipe
 
 COMBINATIONS = [
     (kind, recipe)
@@ -58,40 +57,6 @@ def test_compiled_layer(kind, recipe):
     assert output in found
     assert found - {output} <= allowed
     assert {(part.shape, part.dtype) for part in layer.parts[:1]} <= found or recipe == "nvfp4"
-
-
-@pytest.mark.parametrize("kind", ["fp8-tensor", "fp8-channel", "nf4"])
-def test_quantization_left_to_the_compiler(kind):
-    """After a first step no amax is needed beforehand, and the compiler gets operators; the numbers stay the op's."""
-    layer, _ = make_layer(kind, dtype=torch.bfloat16)
-    model = with_recipe(layer, Recipe("fp8-hybrid"))
-    results = []
-    for callable_ in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        set_recipe(model, Recipe("fp8-hybrid"), emulate=True)
-        optimizer = torch.optim.SGD([layer.bias.requires_grad_(True)], lr=0)
-        for number in range(3):
-            x = torch.randn(4, 32, generator=torch.Generator().manual_seed(number)) * 2
-            x = x.bfloat16().requires_grad_(True)
-            y = callable_(x)
-            y.float().square().sum().backward()
-            optimizer.step()
-            assert layer.recipe.input.ready
-            assert layer.recipe.gradient.ready
-        results.append((y, x.grad, layer.recipe.input.history, layer.recipe.gradient.history))
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)
-
-
-def test_a_loaded_scale_is_looked_at_again():
-    layer, _ = make_layer("fp8-tensor", dtype=torch.bfloat16)
-    model = with_recipe(layer, Recipe("fp8-hybrid"))
-    fresh_state = {name: value.clone() for name, value in model.state_dict().items()}
-    model(torch.randn(4, 32, dtype=torch.bfloat16))
-    torch.optim.SGD([layer.bias.requires_grad_(True)], lr=0).step()
-    assert layer.recipe.input.ready
-    assert not layer.recipe.gradient.ready
-    model.load_state_dict(fresh_state)
-    assert not layer.recipe.input.ready
 
 
 @pytest.mark.parametrize(("kind", "recipe"), [each for each in COMBINATIONS if each[1] != "nvfp4"])

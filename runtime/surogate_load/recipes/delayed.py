@@ -21,12 +21,8 @@ from surogate_load.errors import CopiedModelError
 from surogate_load.ops.quantize_fp8 import LARGEST_SCALE, SMALLEST_SCALE
 from surogate_load.ops.rounding import FP8_MAX
 from surogate_load.placement import FixedDtypeModule
-from surogate_load.recipes.fp8_operand import Rounding
 
 _LOG = logging.getLogger("surogate_load")
-
-LOOKS = 2
-"""Steps after which a scale is read on the host: some layers' gradients are never wanted, and waiting has its price."""
 
 SUSPICIOUS_STEPS = 2
 """Steps of others' optimizers, each after a training step of the model, before they are taken for its own."""
@@ -42,13 +38,11 @@ class DelayedScale(FixedDtypeModule):
     """The scaling state of one fp8 operand.
 
     Attributes:
-        dtype: of the operand.
         history: float32 [amax_history_len], the ring, newest last.
         current: float32 [1], the largest amax since the last step.
         scale: float32 [1], the encoding scale; 0 until the first step has ended: each use then takes its own amax.
         reach: fmax * 2^-margin.
         recipe: by whose switches a step ends.
-        ready: whether the scale is known not to be 0, so that nobody need look for an amax before quantizing.
     """
 
     history: Tensor
@@ -61,21 +55,13 @@ class DelayedScale(FixedDtypeModule):
         self.register_buffer("history", torch.zeros(recipe.amax_history_len))
         self.register_buffer("current", torch.zeros(1))
         self.register_buffer("scale", torch.zeros(1))
-        self.dtype = dtype
         self.reach = FP8_MAX[dtype] * 2.0**-recipe.margin
         self.recipe = recipe
         self.watched = False
-        self.ready = False
-        self.looks = 0
 
     def state(self) -> tuple[Tensor, Tensor]:
         """(scale, current), what the quantizing op takes."""
         return self.scale, self.current
-
-    def rounding(self, record: bool) -> Rounding:
-        """How the operand is quantized now."""
-        fused = self.ready and torch.compiler.is_compiling()
-        return Rounding(self.dtype, self.recipe.margin, record, fused)
 
     def check_watched(self) -> None:
         """Raises `CopiedModelError` in a copy: no optimizer step would ever renew its scale."""
@@ -89,15 +75,6 @@ class DelayedScale(FixedDtypeModule):
         """A copy isn't known to the hook that ends steps."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.watched = False
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.ready, self.looks = False, 0
-
-    def look(self, scale: float) -> None:
-        """Takes notice of its scale after a step."""
-        self.ready = scale > 0
-        self.looks += 1
 
 
 def watch(model: nn.Module) -> None:
@@ -161,7 +138,7 @@ def _end_steps(model: nn.Module, ended: set[DelayedScale]) -> None:
 
 def _suspect_copies(model: nn.Module) -> None:
     """Warns once where the model trains and other optimizers step, but none that owns its parameters ever has."""
-    if _WATCHED[model] == _DONE or _capturing():
+    if _WATCHED[model] == _DONE or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
     if not any(bool(scale.current > 0) for scale in delayed_scales(model)):
         return
@@ -195,10 +172,3 @@ def renew(scales: Sequence[DelayedScale], recipe: Recipe) -> None:
     torch._foreach_copy_([scale.history for scale in scales], list(history.unbind()))
     torch._foreach_copy_([scale.scale for scale in scales], list(renewed[:, None].unbind()))
     torch._foreach_zero_([scale.current for scale in scales])
-    if any(not scale.ready and scale.looks < LOOKS for scale in scales) and not _capturing():
-        for scale, value in zip(scales, renewed.tolist(), strict=True):
-            scale.look(value)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -15,7 +15,6 @@ from torch import Tensor
 from surogate_formats.fp8 import FP8
 from surogate_formats.recipe import Recipe
 from surogate_load.recipes.delayed import DelayedScale
-from surogate_load.recipes.fp8_operand import Rounding, quantize
 from surogate_load.recipes.fp8_weight import E4M3, E4m3Source, Factors
 from surogate_load.recipes.layer import PackedWeight, RecipeLayer
 from surogate_load.recipes.notes import Notes
@@ -44,25 +43,29 @@ class _Fp8Product:
     Attributes:
         kind: of the weight's E4M3 matrix.
         dtype: in which that is dequantized.
-        input: how x is quantized.
-        gradient: how dy is quantized.
+        margin: of the recipe.
+        record: whether this is part of a training step.
     """
 
     kind: WeightKind
     dtype: torch.dtype
-    input: Rounding
-    gradient: Rounding
+    margin: int
+    record: bool
 
     def forward(
         self, x: Tensor, bias: Tensor | None, state: _State, parts: Sequence[Tensor], plus: Pair | None = None
     ) -> Tensor:
-        codes, decode = quantize(x, None, state.input, self.input, self._decodes(x, state.factors))
+        copies = self._decodes(x, state.factors)
+        codes, decode = torch.ops.surogate.quantize_fp8(x, None, *state.input, self.record, self.margin, E4M3, copies)
         return add_pair(self._forward_product(codes, decode, bias, state, parts, x.dtype), plus)
 
     def input_gradient(
         self, gradient: Tensor, state: _State, parts: Sequence[Tensor], plus: Pair | None = None
     ) -> Tensor:
-        codes, decode = quantize(gradient, state.factors.rows, state.gradient, self.gradient)
+        factors = state.factors
+        codes, decode = torch.ops.surogate.quantize_fp8(
+            gradient, factors.rows, *state.gradient, self.record, self.margin, E5M2
+        )
         return add_pair(self._gradient_product(codes, decode, state, parts, gradient), plus)
 
     def _decodes(self, x: Tensor, factors: Factors) -> int:
@@ -162,6 +165,7 @@ class Fp8Hybrid(RecipeLayer):
         self.input = DelayedScale(E4M3, recipe)
         self.gradient = DelayedScale(E5M2, recipe)
         self.weight = E4m3Source(weight)
+        self._margin = recipe.margin
         self._product = product
 
     @classmethod
@@ -190,6 +194,6 @@ class Fp8Hybrid(RecipeLayer):
         if record:
             self.input.check_watched()
         weight = self.weight.operand(kind, parts)
-        product = self._product(weight.kind, weight.dtype, self.input.rounding(record), self.gradient.rounding(record))
+        product = self._product(weight.kind, weight.dtype, self._margin, record)
         state = _State(self.input.state(), self.gradient.state(), weight.factors, self.weight.one)
         return Operands(product, state, weight.parts)

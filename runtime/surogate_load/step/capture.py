@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surogate_load.kernels import load_kernels
 from surogate_load.linear import QuantizedLinear
-from surogate_load.recipes.delayed import DelayedScale, delayed_scales
+from surogate_load.recipes.delayed import DelayedScale
 from surogate_load.recipes.noise import Noise
 from surogate_load.step.attention import fastest_attention
 from surogate_load.step.checkpointing import without_random_state
@@ -32,7 +32,6 @@ class Gradients:
         self._all = list(model.parameters())
         self._adapters = [module for module in model.modules() if hasattr(module, "disable_adapters")]
         self._layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-        self._scales = delayed_scales(model)
         self.parameters = [parameter for parameter in self._all if parameter.requires_grad]
         self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
         self._made_for = self._identity(model)
@@ -61,7 +60,6 @@ class Gradients:
             list(active) if isinstance(active, list) else [],
             [module.disable_adapters for module in self._adapters],
             [layer.recipe for layer in self._layers],
-            [scale.ready for scale in self._scales],
         )
 
 

@@ -18,9 +18,8 @@ from surogate_load.step.checkpointing import checkpointed, checkpoints_itself, c
 LARGE = 4096
 """Hidden size from which computing a little again costs little beside the products: 2 % at 8B, but 4 % at 0.6B."""
 
-VARIANTS = 32
-"""Compilations of a layer's code: the first layer and others, one length and any, before and after the first step of
-recipe fp8-hybrid, training and evaluation."""
+VARIANTS = 16
+"""Compilations of a layer's code, at most: the first layer and others, one length and any, training and evaluation."""
 
 SAVED_IF_LARGE = 0.95
 """What of a large layer's activations is saved by default; at 8B that takes 6 GB off 28."""
