@@ -1,4 +1,4 @@
-"""`surogate-load`: what an artifact is, whether it is whole, and how well it predicts."""
+"""`surogate-load`: what an artifact is, whether it is whole, how well it predicts, and what can be made of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def known_errors(command: Callable[P, None]) -> Callable[P, None]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="surogate-quant", prog_name="surogate-load")
 def main() -> None:
-    """Artifacts of surogate-quantize: inspect, verify, evaluate."""
+    """Artifacts of surogate-quantize: inspect, verify, evaluate, generate, dequantize, merge."""
 
 
 @main.command()
@@ -91,6 +91,57 @@ def evaluate(artifact: str, against: str, text: str, context: int, windows: int,
         "perplexity of the dense model": round(found.reference_perplexity, 4),
     }
     click.echo(json.dumps(rows, indent=2)) if json_mode else _print(rows)
+
+
+_OUT = click.option("--out", required=True, type=click.Path(), help="Directory to write; must not exist.")
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of every floating-point tensor.  [default: as in the source]",
+)
+
+
+@main.command()
+@click.argument("artifact")
+@_OUT
+@_DTYPE
+@known_errors
+def dequantize(artifact: str, out: str, dtype: str | None) -> None:
+    """Write ARTIFACT as a dense checkpoint that loads anywhere."""
+    from surogate_load.export.dense import dequantize as export
+
+    click.echo(export(artifact, out, dtype))
+
+
+@main.command()
+@click.argument("artifact")
+@click.argument("adapter")
+@_OUT
+@_DTYPE
+@known_errors
+def merge(artifact: str, adapter: str, out: str, dtype: str | None) -> None:
+    """Write ARTIFACT with ADAPTER, saved by PEFT, merged into it: a dense checkpoint."""
+    from surogate_load.export.merging import merge as export
+
+    click.echo(export(artifact, adapter, out, dtype))
+
+
+@main.command()
+@click.argument("artifact")
+@click.argument("prompt")
+@click.option("--adapter", type=click.Path(), help="Directory of an adapter that PEFT saved.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option("--chat/--no-chat", default=None, help="Use the chat template.  [default: where there is one]")
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="At most.")
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0: the likeliest.")
+@known_errors
+def generate(artifact: str, prompt: str, **options: Any) -> None:
+    """What ARTIFACT says after PROMPT, with an adapter if one is given."""
+    from transformers import TextStreamer
+
+    from surogate_load.generation import generate as say
+
+    say(artifact, prompt, streamer=lambda t: TextStreamer(t, skip_prompt=True, skip_special_tokens=True), **options)
 
 
 def _print(rows: Mapping[str, Any]) -> None:

@@ -75,3 +75,19 @@ class UnrecordedSaveError(ArtifactError):
 
 class NoLayersError(UsageError):
     """Decoder layers are to be compiled, and the model has none that transformers names."""
+
+
+class ExportExistsError(UsageError):
+    """Where a checkpoint is to be written there is something already."""
+
+
+class ExportFailedError(SurogateError):
+    """The disk refuses to take a checkpoint."""
+
+
+class UnreadableAdapterError(UsageError):
+    """A directory holds no adapter of PEFT's for this model."""
+
+
+class NoTokenizerError(UsageError):
+    """An artifact has no tokenizer that can be loaded, or none with a chat template."""

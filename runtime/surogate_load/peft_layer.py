@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+import torch
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,8 +20,8 @@ from surogate_load.recipes.product import Adapter
 from surogate_load.recipes.token_gradient import AdapterLinear
 
 _MERGE = (
-    "an adapter can't be merged into packed weights: save it with save_pretrained "
-    "and merge it into the source checkpoint"
+    "an adapter can't be merged into packed weights: save it with save_pretrained, then "
+    "surogate-load merge ARTIFACT ADAPTER --out DIR makes a dense checkpoint"
 )
 
 
@@ -59,6 +60,19 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
     def unmerge(self) -> None:
         """Raises `MergeUnsupportedError`."""
         raise MergeUnsupportedError(_MERGE)
+
+    def merged_weight(self) -> Tensor:
+        """The dequantized weight [N, K] with the active adapters in it, as PEFT merges them, in float32."""
+        base = self.base_layer
+        dense = nn.Linear(1, 1, bias=False, device="meta")
+        dense.weight = nn.Parameter(base.dequantize(torch.float32), requires_grad=False)
+        self._modules["base_layer"] = dense
+        try:
+            super().merge()
+            return dense.weight.detach()
+        finally:
+            self.merged_adapters.clear()
+            self._modules["base_layer"] = base
 
     def plain_adapter(self) -> Adapter | None:
         """The one active adapter, if all there is to do is to add its product."""

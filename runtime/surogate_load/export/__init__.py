@@ -1,0 +1,1 @@
+"""Dense checkpoints made of artifacts: dequantized, or with an adapter merged into them."""

@@ -1,0 +1,97 @@
+"""An artifact as a dense checkpoint that loads anywhere: the weights that a packed model computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from surogate_formats.artifact import Artifact
+from surogate_formats.checkpoint.index import INDEX
+from surogate_formats.checkpoint.reader import CONFIG
+from surogate_formats.dtypes import NUMPY
+from surogate_formats.errors import UsageError
+from surogate_load.artifact_weights import OpenArtifact
+from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
+from surogate_load.local import open_local
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""What a dense checkpoint's weights can be, by torch's name."""
+
+FLOATS = frozenset(DTYPES.values())
+
+
+def dequantize(artifact: str | Path, out: str | Path, dtype: str | None = None) -> Path:
+    """Writes an artifact as a dense checkpoint, a file's worth of tensors in memory at a time.
+
+    Args:
+        artifact: directory of the artifact.
+        out: a directory that doesn't exist yet.
+        dtype: `bfloat16`, `float16` or `float32` for every floating-point tensor; by default each weight gets the dtype
+            that it had in the source. Values are rounded once, from float32.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: another dtype.
+        ExportExistsError, ExportFailedError: see `export.checkpoint.whole_directory`.
+        ArtifactError, CheckpointError: the artifact is damaged.
+    """
+    check_dtype(dtype)
+    with open_local(artifact) as opened, whole_directory(Path(out)) as directory:
+        write_checkpoint(directory, list(dense_tensors(opened, dtype)), dense_config(opened, dtype), sidecars(opened))
+    return Path(out)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises `UsageError` for a dtype that no dense checkpoint gets here."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+
+
+def dense_tensors(artifact: Artifact, dtype: str | None) -> Iterator[DenseTensor]:
+    """Every tensor of the dense model, under its name in the source."""
+    weights = OpenArtifact(artifact)
+    for name, record in artifact.manifest.tensors.items():
+        if record.decision == "quantize":
+            chosen = DTYPES.get(dtype or "", record.dtype)
+            yield DenseTensor(name, chosen, record.shape, partial(dense_weight, weights, name, chosen))
+        else:
+            info = artifact.checkpoint.tensors[name].info
+            chosen = DTYPES[dtype] if dtype is not None and info.dtype in FLOATS else info.dtype
+            yield DenseTensor(name, chosen, info.shape, partial(_kept, artifact, name, chosen))
+
+
+def dense_config(artifact: Artifact, dtype: str | None) -> dict[str, Any]:
+    """config.json without its `quantization_config`, and with another dtype if one was asked for."""
+    config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    return config
+
+
+def sidecars(artifact: Artifact) -> dict[str, Path]:
+    """The tokenizer's files and what else stands beside the weights, by their place in the directory."""
+    names = artifact.manifest.sidecars.keys() - {CONFIG, INDEX}
+    return {name: artifact.path / name for name in sorted(names)}
+
+
+def to_numpy(tensor: Tensor, dtype: str) -> NDArray[Any]:
+    """A contiguous CPU tensor as an array of the same bytes."""
+    return tensor.contiguous().view(torch.uint8).numpy().view(NUMPY[dtype])
+
+
+def dense_weight(weights: OpenArtifact, name: str, dtype: str) -> NDArray[Any]:
+    """A quantized weight [N, K] in one of `FLOATS`."""
+    torch_names = {short: long for long, short in DTYPES.items()}
+    return to_numpy(weights[name.removesuffix(".weight")].dequantize(getattr(torch, torch_names[dtype])), dtype)
+
+
+def _kept(artifact: Artifact, name: str, dtype: str) -> NDArray[Any]:
+    return artifact.checkpoint.read(name).astype(NUMPY[dtype], copy=False)

@@ -1,0 +1,112 @@
+"""An artifact and an adapter as one dense checkpoint: PEFT merges each layer over its dequantized float32 weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor
+
+from surogate_formats.artifact import Artifact
+from surogate_load.architecture import one_line
+from surogate_load.errors import UnreadableAdapterError
+from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
+from surogate_load.export.dense import DTYPES, check_dtype, dense_config, dense_tensors, sidecars, to_numpy
+from surogate_load.loading import load_model
+from surogate_load.local import open_local
+from surogate_load.peft_layer import QuantizedLoraLinear
+from surogate_load.saved_adapter import with_adapter
+
+_PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
+
+
+def merge(artifact: str | Path, adapter: str | Path, out: str | Path, dtype: str | None = None) -> Path:
+    """Writes a dense checkpoint of an artifact's model with an adapter merged in.
+
+    The sum is made in float32 and rounded once. Whatever PEFT can merge is merged (rsLoRA, DoRA, modules_to_save).
+    The packed model and a file's worth of dense tensors are in memory.
+
+    Args:
+        artifact: directory of the artifact.
+        adapter: directory that `PeftModel.save_pretrained` wrote.
+        out: a directory that doesn't exist yet.
+        dtype: as in `dequantize`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UnreadableAdapterError: there is no such adapter, or it isn't this model's.
+        Everything that `load_model` and `dequantize` raise.
+    """
+    check_dtype(dtype)
+    with open_local(artifact) as opened, whole_directory(Path(out)) as directory:
+        model = with_adapter(load_model(artifact, "bf16", dtype=torch.float32), adapter)
+        changed = dict(_changed(model))
+        tensors = [_replaced(tensor, changed) for tensor in dense_tensors(opened, dtype)]
+        config = dense_config(opened, dtype)
+        added = _added(opened, changed, dtype)
+        if added:
+            config["tie_word_embeddings"] = False
+        write_checkpoint(directory, [*tensors, *added], config, sidecars(opened))
+    return Path(out)
+
+
+def _changed(model: Any) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Full name of each tensor that the adapter changes, in the model without adapters, to what gives it in float32.
+
+    Raises:
+        UnreadableAdapterError: a layer has adapters that can't be merged.
+    """
+    for name, module in model.named_modules():
+        plain = name.removeprefix(_PREFIX)
+        if isinstance(module, QuantizedLoraLinear):
+            yield f"{plain}.weight", module.merged_weight
+        elif isinstance(module, BaseTunerLayer):
+            yield from _merged_in_place(plain, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            active = module.modules_to_save[module.active_adapters[0]]
+            for part, parameter in active.named_parameters():
+                yield f"{plain}.{part}", partial(_float32, parameter)
+
+
+def _merged_in_place(name: str, layer: Any) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """A layer that isn't packed; the model is not used again."""
+    base = layer.get_base_layer()
+    base.to(torch.float32)
+    try:
+        layer.merge()
+    except Exception as error:  # PEFT has no class for what it can't merge
+        raise UnreadableAdapterError(f"{name}: PEFT can't merge its adapter ({one_line(error)})") from error
+    for part, parameter in base.named_parameters():
+        yield f"{name}.{part}", partial(_float32, parameter)
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.detach().float()
+
+
+def _replaced(tensor: DenseTensor, changed: Mapping[str, Any]) -> DenseTensor:
+    make = changed.get(tensor.name)
+    if make is None:
+        return tensor
+    return DenseTensor(tensor.name, tensor.dtype, tensor.shape, partial(_rounded, make, tensor.dtype))
+
+
+def _added(artifact: Artifact, changed: Mapping[str, Any], dtype: str | None) -> list[DenseTensor]:
+    """Tensors that only the adapter has: a head that was tied to the embeddings and is another one now."""
+    chosen = DTYPES.get(dtype or "", "BF16")
+    names = sorted(changed.keys() - artifact.manifest.tensors.keys())
+    return [DenseTensor(n, chosen, tuple(changed[n]().shape), partial(_rounded, changed[n], chosen)) for n in names]
+
+
+def _rounded(make: Callable[[], Tensor], dtype: str) -> NDArray[Any]:
+    torch_names = {short: long for long, short in DTYPES.items()}
+    return to_numpy(make().to(getattr(torch, torch_names[dtype])), dtype)

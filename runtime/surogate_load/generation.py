@@ -1,0 +1,76 @@
+"""Text from a packed model, with an adapter or without: the first thing that anyone tries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surogate_load.architecture import need_transformers, one_line
+from surogate_load.errors import NoTokenizerError
+from surogate_load.loading import load_model
+from surogate_load.saved_adapter import with_adapter
+
+
+def generate(
+    artifact: str | Path,
+    prompt: str,
+    *,
+    adapter: str | Path | None = None,
+    device: str = "cpu",
+    chat: bool | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> str:
+    """What the model says after a prompt.
+
+    Args:
+        artifact: directory of the artifact, with the tokenizer that the quantizer copied.
+        prompt: text.
+        adapter: directory of a PEFT adapter.
+        device: where the model runs.
+        chat: put the prompt into the tokenizer's chat template; by default if it has one.
+        max_new_tokens: at most.
+        temperature: 0 takes the likeliest token each time.
+        streamer: of transformers, which gets the tokens as they come; made from the tokenizer if callable.
+
+    Raises:
+        NoTokenizerError: the artifact has none, or no chat template where `chat` asks for it.
+        UnreadableAdapterError: there is no such adapter, or it isn't this model's.
+        Everything that `load_model` raises.
+    """
+    transformers = need_transformers()
+    model: Any = load_model(artifact, "bf16", device)
+    tokenizer = _tokenizer(transformers, artifact)
+    if chat and not tokenizer.chat_template:
+        raise NoTokenizerError(f"{artifact}: its tokenizer has no chat template; leave --chat out")
+    if adapter is not None:
+        model = with_adapter(model, adapter)
+    given = _encode(tokenizer, prompt, bool(tokenizer.chat_template) if chat is None else chat).to(device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        ids = model.eval().generate(
+            **given,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            streamer=streamer(tokenizer) if callable(streamer) else streamer,
+            **sampling,
+        )
+    said: str = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return said
+
+
+def _tokenizer(transformers: Any, artifact: str | Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(artifact), local_files_only=True)
+    except Exception as error:  # the tokenizers package raises no narrower class
+        raise NoTokenizerError(f"{artifact}: its tokenizer can't be loaded ({one_line(error)})") from error
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,0 +1,157 @@
+"""Dense checkpoints made of artifacts: what plain transformers and PEFT make of them is what the packed model says."""
+
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from runtime.layers import KINDS
+from safetensors import safe_open
+
+from surogate_formats.errors import UsageError
+from surogate_load import load_model
+from surogate_load.errors import ExportExistsError, ExportFailedError, UnreadableAdapterError
+from surogate_load.export import checkpoint
+from surogate_load.export.dense import dequantize
+from surogate_load.export.merging import merge
+from surogate_load.peft_layer import QuantizedLoraLinear
+
+IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+def dense(path, **arguments):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dense_checkpoint_computes_the_same(artifact, kind, tmp_path):
+    path = artifact(kind)
+    assert dequantize(path, tmp_path / "dense") == tmp_path / "dense"
+    assert torch.equal(logits(dense(tmp_path / "dense")), logits(load_model(path)))
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+def test_another_dtype_is_rounded_once(artifact, tmp_path):
+    path = artifact("nf4")
+    dequantize(path, tmp_path / "dense", "float32")
+    model = dense(tmp_path / "dense", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(logits(model), logits(load_model(path, dtype=torch.float32)))
+
+
+def test_several_files_and_their_index(artifact, tmp_path, monkeypatch):
+    path = artifact("nf4")
+    monkeypatch.setattr(checkpoint, "SHARD", 40_000)
+    dequantize(path, tmp_path / "dense")
+    index = json.loads((tmp_path / "dense/model.safetensors.index.json").read_text())
+    sizes = {name: (tmp_path / "dense" / name).stat().st_size for name in set(index["weight_map"].values())}
+    assert len(sizes) > 1
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "dense" / file, "pt") as opened:
+            assert name in opened.keys()  # noqa: SIM118
+    assert torch.equal(logits(dense(tmp_path / "dense")), logits(load_model(path)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"target_modules": ["q_proj", "down_proj", "lm_head"]},
+        {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "norm"]},
+        {"target_modules": ["v_proj", "embed_tokens"]},
+    ],
+)
+@pytest.mark.parametrize("kind", ["nf4", "fp8-channel"])
+def test_merging_is_the_adapter_at_work(artifact, kind, settings, tmp_path):
+    path = artifact(kind)
+    model = adapted(path, tmp_path / "adapter", settings)
+    merge(path, tmp_path / "adapter", tmp_path / "merged", "float32")
+    torch.testing.assert_close(logits(dense(tmp_path / "merged", dtype="auto")), logits(model), rtol=1e-3, atol=1e-4)
+    assert (logits(model) - logits(load_model(path, dtype=torch.float32))).abs().max() > 1e-2
+
+
+def adapted(path, where, settings):
+    """A packed model with a random adapter, which is saved; and the same adapter on a dense model gives the same."""
+    torch.manual_seed(0)
+    chosen = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False, **settings}
+    model = peft.get_peft_model(load_model(path, dtype=torch.float32), peft.LoraConfig(**chosen))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(where)
+    return model
+
+
+def test_a_saved_adapter_is_plain_pefts(artifact, tmp_path):
+    path = artifact("nf4")
+    model = adapted(path, tmp_path / "adapter", {})
+    dequantize(path, tmp_path / "dense", "float32")
+    plain = peft.PeftModel.from_pretrained(dense(tmp_path / "dense", dtype="auto"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_weight_leaves_the_layer_alone(artifact, tmp_path):
+    model = adapted(artifact("nf4"), tmp_path / "adapter", {})
+    layer = next(module for module in model.modules() if isinstance(module, QuantizedLoraLinear))
+    before, base = logits(model), layer.base_layer
+    delta = layer.merged_weight() - base.dequantize(torch.float32)
+    torch.testing.assert_close(delta, layer.get_delta_weight("default"), rtol=1e-4, atol=1e-5)
+    assert layer.base_layer is base
+    assert not layer.merged
+    assert torch.equal(logits(model), before)
+
+
+def test_what_is_there_is_never_touched(artifact, tmp_path):
+    (tmp_path / "dense").mkdir()
+    with pytest.raises(ExportExistsError, match="exists already"):
+        dequantize(artifact("nf4"), tmp_path / "dense")
+    assert not list((tmp_path / "dense").iterdir())
+
+
+def test_a_failed_export_leaves_nothing(artifact, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(ExportFailedError, match="No space left"):
+        dequantize(artifact("nf4"), tmp_path / "dense")
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_the_user(artifact, tmp_path):
+    path = artifact("nf4")
+    with pytest.raises(UsageError, match="float8"):
+        dequantize(path, tmp_path / "dense", "float8")
+    with pytest.raises(UnreadableAdapterError, match="adapter_config"):
+        merge(path, tmp_path, tmp_path / "merged")
+    adapted(artifact("nf4", hidden_size=64, intermediate_size=128), tmp_path / "adapter", {})
+    with pytest.raises(UnreadableAdapterError, match="no adapter for this model"):
+        merge(path, tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_commands(artifact, tmp_path):
+    path = artifact("nf4")
+    adapted(path, tmp_path / "adapter", {})
+    command = [sys.executable, "-m", "surogate_load"]
+    for arguments in (["dequantize", path], ["merge", path, tmp_path / "adapter"]):
+        out = tmp_path / arguments[0]
+        ran = subprocess.run([*command, *arguments, "--out", out], capture_output=True, text=True, check=True)
+        assert ran.stdout == f"{out}\n"
+    again = subprocess.run(
+        [*command, "dequantize", path, "--out", tmp_path / "merge"], capture_output=True, text=True, check=False
+    )
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.splitlines()[-1].startswith("Error: ")
