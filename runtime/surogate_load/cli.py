@@ -61,13 +61,22 @@ def inspect(artifact: str, modules: bool, json_mode: bool) -> None:
 
 @main.command()
 @click.argument("artifact")
+@click.option("--against", metavar="MODEL", help="Directory of the source: recompute every error from it, too.")
 @known_errors
-def verify(artifact: str) -> None:
+def verify(artifact: str, against: str | None) -> None:
     """Read every tensor of ARTIFACT and compare its SHA-256 with the manifest's."""
     from surogate_load.local import open_local
 
     with open_local(artifact) as opened:
         click.echo(f"{artifact}: {opened.verify()} tensors are as they were written")
+        if against is not None:
+            from surogate_load.verification import verify_against
+
+            found = verify_against(opened, against)
+            click.echo(
+                f"{against}: {found.quantized} weights have the recorded errors, {found.least:.4f} to "
+                f"{found.largest:.4f}, and {found.kept} tensors are the source's"
+            )
 
 
 @main.command()
