@@ -1,35 +1,32 @@
-"""An artifact on disk: a checkpoint whose linear weights are parts of a format in a layout, with its manifest."""
+"""An artifact on disk: a checkpoint whose linear weights are parts of a format in a layout, ours or somebody else's."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from surogate_formats.artifact_checks import check_files, verify_hashes
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.checkpoint.directory import Directory
-from surogate_formats.dtype_rules import STORED_AS
+from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.errors import ArtifactError, UsageError
-from surogate_formats.format import Format, Parts, Shape, TensorSpec
+from surogate_formats.foreign import Foreign, declared_config, read_foreign
+from surogate_formats.format import Format, Parts, Shape
 from surogate_formats.layouts import Layout, layout_of_config, stored_tensors, unpack
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
 from surogate_formats.recipe import Recipe
 from surogate_formats.registry import from_dict
-
-PIECE = 1 << 20
-"""Bytes of a file that are in memory at a time while it is hashed."""
 
 
 class IncompleteArtifactError(ArtifactError):
     """The directory has no manifest: its quantization never finished, or it isn't ours."""
 
 
-class CorruptArtifactError(ArtifactError):
-    """The bytes of a tensor or of a file beside the weights are not those that the manifest records."""
+class NoRecordedHashesError(ArtifactError):
+    """A checkpoint that others quantized comes without hashes: what its bytes should be is unknown."""
 
 
 class Artifact:
@@ -38,20 +35,24 @@ class Artifact:
     Attributes:
         path: its directory.
         config: config.json.
-        manifest: surogate.json.
+        manifest: surogate.json; of a checkpoint that others quantized, what its headers tell, without hashes.
+        foreign: what else is known of a checkpoint that others quantized; None if it is ours.
+        quantization_config: how it declares itself.
         format: the format with its parameters.
         layout: how the parts are named.
         recipe: the default recipe that was recorded.
         modules: full name of each quantized module to its weight's shape [N, K].
     """
 
-    def __init__(self, path: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:
+    def __init__(self, path: Path, checkpoint: Checkpoint, manifest: Manifest, foreign: Foreign | None = None) -> None:
         """Use `Artifact.open`."""
         self.path = path
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.manifest = manifest
-        self.layout: Layout = layout_of_config(self.config.get("quantization_config"))
+        self.foreign = foreign
+        self.quantization_config: Any = foreign.config if foreign else self.config.get("quantization_config")
+        self.layout: Layout = layout_of_config(self.quantization_config)
         self.format: Format = from_dict(dict(manifest.format))
         self.recipe = Recipe(**manifest.recipe)
         self.modules: dict[str, Shape] = {
@@ -59,36 +60,52 @@ class Artifact:
             for name, record in manifest.tensors.items()
             if record.decision == "quantize"
         }
-        self._check()
+        if foreign is None:
+            check_files(self)
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """Opens a directory that the quantizer wrote, and checks every name, dtype and shape in it.
+        """Opens a directory that the quantizer wrote, or that others quantized, and checks every name, dtype and shape.
 
         Raises:
-            IncompleteArtifactError: there is no manifest.
+            IncompleteArtifactError: nothing is quantized in it, or it is ours and has no manifest.
+            UnreadableConfigError: others quantized it in a way that can't be read.
+            UnscaledWeightError, UnreadableWeightError: others quantized it, and a weight isn't whole.
             ArtifactError: manifest, config and files disagree.
             CheckpointError: a file is not what it claims to be.
         """
         directory = Path(path)
-        if directory.is_dir() and not (directory / MANIFEST_NAME).is_file():
-            raise IncompleteArtifactError(
-                f"{directory}: no {MANIFEST_NAME}, so this is no finished artifact; "
-                "make one with surogate-quantize MODEL --format nf4 --out DIR"
-            )
+        ours = (directory / MANIFEST_NAME).is_file()
+        if directory.is_dir() and not ours and not (directory / CONFIG).is_file():
+            raise _incomplete(directory)
         checkpoint = Checkpoint.open(directory)
         try:
-            manifest_path = directory / MANIFEST_NAME
-            manifest = Manifest.from_json(manifest_path.read_bytes(), str(manifest_path))
-            try:
-                return cls(directory, checkpoint, manifest)
-            except (UsageError, TypeError, ValueError, LookupError, AttributeError) as error:
-                raise ArtifactError(
-                    f"{manifest_path}: holds what surogate-quant never writes ({error}); quantize again"
-                ) from error
+            return cls._ours(directory, checkpoint) if ours else cls._of_others(directory, checkpoint)
         except BaseException:
             checkpoint.close()
             raise
+
+    @classmethod
+    def _ours(cls, directory: Path, checkpoint: Checkpoint) -> Artifact:
+        manifest_path = directory / MANIFEST_NAME
+        manifest = Manifest.from_json(manifest_path.read_bytes(), str(manifest_path))
+        try:
+            return cls(directory, checkpoint, manifest)
+        except (UsageError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ArtifactError(
+                f"{manifest_path}: holds what surogate-quant never writes ({error}); quantize again"
+            ) from error
+
+    @classmethod
+    def _of_others(cls, directory: Path, checkpoint: Checkpoint) -> Artifact:
+        declared = declared_config(checkpoint)
+        if declared is None or declared.get("quant_method") == "surogate":
+            raise _incomplete(directory)
+        try:
+            foreign = read_foreign(checkpoint, declared)
+        except ArtifactError as error:
+            raise type(error)(f"{directory}: {error}") from error
+        return cls(directory, checkpoint, foreign.manifest, foreign)
 
     def __enter__(self) -> Artifact:
         """Returns the artifact itself."""
@@ -107,6 +124,12 @@ class Artifact:
     def parts(self, module: str) -> Parts:
         """The parts of a quantized module, as numpy arrays."""
         shape = self._shape(module)
+        if self.foreign is not None:
+            suffixes, specs = self.layout.suffixes[self.format.name], self.format.part_specs(shape)
+            return {
+                part: self.checkpoint.read(f"{module}.{suffixes[part]}").reshape(spec.shape)
+                for part, spec in specs.items()
+            }
         names = [stored.name for stored in stored_tensors(self.layout, self.format, module, shape).values()]
         return unpack(self.layout, self.format, module, {name: self.checkpoint.read(name) for name in names}, shape)
 
@@ -122,66 +145,23 @@ class Artifact:
 
         Raises:
             CorruptArtifactError: the first tensor or file that differs or is missing, by name.
+            NoRecordedHashesError: others quantized it.
         """
-        with Directory(self.path) as directory:
-            for name, expected in self.manifest.sidecars.items():
-                if _file_sha256(directory, name) != expected:
-                    raise CorruptArtifactError(f"{self.path}: {name} has changed since it was written; quantize again")
-        count = 0
-        for record in self.manifest.tensors.values():
-            for name, expected in record.stored.items():
-                found = hashlib.sha256(self.checkpoint.read(name).tobytes()).hexdigest()
-                if found != expected:
-                    raise CorruptArtifactError(f"{self.path}: {name} has changed since it was written; quantize again")
-                count += 1
-        return count
+        if self.foreign is not None:
+            raise NoRecordedHashesError(
+                f"{self.path}: has no {MANIFEST_NAME}, so no hashes are recorded to compare with; "
+                "its names, dtypes and shapes are right"
+            )
+        return verify_hashes(self.path, self.checkpoint, self.manifest)
 
     def _shape(self, module: str) -> Shape:
         if module not in self.modules:
             raise ArtifactError(f"{self.path}: no quantized module {module!r}; surogate-load inspect lists them")
         return self.modules[module]
 
-    def _check(self) -> None:
-        declared, _ = self.layout.parse_config(self.config["quantization_config"])
-        if self.layout.name != self.manifest.layout or declared.name != self.format.name:
-            raise ArtifactError(
-                f"{self.path}: config.json and {MANIFEST_NAME} declare different formats; quantize again"
-            )
-        expected = {name for record in self.manifest.tensors.values() for name in record.stored}
-        if expected != self.checkpoint.tensors.keys():
-            name = sorted(expected ^ self.checkpoint.tensors.keys())[0]
-            raise ArtifactError(f"{self.path}: {MANIFEST_NAME} and the files disagree about {name}; quantize again")
-        self._check_kept()
-        for module, shape in self.modules.items():
-            for stored in stored_tensors(self.layout, self.format, module, shape).values():
-                if stored.name not in expected:
-                    raise ArtifactError(f"{self.path}: {stored.name} is missing; quantize again")
-                info = self.checkpoint.tensors[stored.name].info
-                found = TensorSpec(info.dtype, info.shape)
-                if found != stored.spec:
-                    raise ArtifactError(
-                        f"{self.path}: {stored.name} is {found.dtype} {list(found.shape)}, expected "
-                        f"{stored.spec.dtype} {list(stored.spec.shape)}; quantize again"
-                    )
 
-    def _check_kept(self) -> None:
-        for name, record in self.manifest.tensors.items():
-            info = self.checkpoint.tensors[name].info if record.decision == "keep" else None
-            dtype = STORED_AS.get(record.dtype, record.dtype)
-            if info is not None and (info.dtype, info.shape) != (dtype, record.shape):
-                raise ArtifactError(
-                    f"{self.path}: {name} is {info.dtype} {list(info.shape)}, {MANIFEST_NAME} says {dtype} "
-                    f"{list(record.shape)}; quantize again"
-                )
-
-
-def _file_sha256(directory: Directory, name: str) -> str:
-    try:
-        descriptor = directory.open(name)
-    except FileNotFoundError:
-        raise CorruptArtifactError(f"{directory.show(name)}: missing; quantize again") from None
-    digest = hashlib.sha256()
-    with os.fdopen(descriptor, "rb") as file:
-        while data := file.read(PIECE):
-            digest.update(data)
-    return digest.hexdigest()
+def _incomplete(directory: Path) -> IncompleteArtifactError:
+    return IncompleteArtifactError(
+        f"{directory}: no {MANIFEST_NAME}, so this is no finished artifact; "
+        "make one with surogate-quantize MODEL --format nf4 --out DIR"
+    )

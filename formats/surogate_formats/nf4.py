@@ -8,14 +8,15 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from surogate_formats.dynamic_absmax import NESTED_BLOCK, quantize_dynamic, restore_dynamic
 from surogate_formats.format import Parts, Shape, TensorSpec, check_choice, largest_magnitude
 from surogate_formats.rounding import pack_nibbles, unpack_nibbles
 from surogate_formats.tables import NF4_CODEBOOK, NF4_MIDPOINTS, NF4_ZERO_CODE
 
 F32 = NDArray[np.float32]
 
-BLOCKS_PER_GROUP = 256
-"""Consecutive blocks whose absmax share one scale and one offset under double quantization."""
+BLOCKS_PER_GROUP = NESTED_BLOCK
+"""Consecutive blocks whose absmax share what reverses their double quantization, of either kind."""
 
 ABSMAX_FLOOR = np.float32(1e-38)
 """Below this the reciprocal of an absmax would overflow, and a zero times it would be NaN."""
@@ -27,24 +28,26 @@ class NF4:
 
     Parts of a weight with n = N*K values, nb = ceil(n / block_size) blocks and ng = ceil(nb / 256) groups:
         codes: U8 [N, K/2] (flat [ceil(n/2)] where K is odd), value 2i in the high nibble.
-        absmax: F32 [nb], or with double quantization U8 [nb] (a signed step count + 128).
-        absmax_scale, absmax_offset: F32 [ng], with double quantization only.
+        absmax: F32 [nb], or U8 [nb]: with `affine` a signed step count + 128, with `dynamic` a code of `DYNAMIC_MAP`.
+        absmax_scale, absmax_offset: F32 [ng], with `affine` only.
+        nested_absmax: F32 [ng], nested_offset: F32 [1], with `dynamic` only.
 
     Attributes:
         block_size: 64 or 128 values a block.
-        double_quant: `affine` stores absmax in 8 bits with a scale and an offset a group, `none` in float32.
+        double_quant: `affine` stores absmax in 8 bits with a scale and an offset a group, `dynamic` as
+            bitsandbytes does (`surogate_formats.dynamic_absmax`), `none` in float32.
     """
 
     name: ClassVar[str] = "nf4"
     shares_amax: ClassVar[bool] = False
 
     block_size: int = 64
-    double_quant: Literal["none", "affine"] = "affine"
+    double_quant: Literal["none", "affine", "dynamic"] = "affine"
 
     def __post_init__(self) -> None:
         """Refuses parameter values that the format doesn't have."""
         check_choice(self.name, "block_size", self.block_size, (64, 128))
-        check_choice(self.name, "double_quant", self.double_quant, ("none", "affine"))
+        check_choice(self.name, "double_quant", self.double_quant, ("none", "affine", "dynamic"))
 
     def keep_reason(self, shape: Shape) -> str | None:
         """NF4 takes every shape: blocks run over the flattened weight."""
@@ -61,19 +64,29 @@ class NF4:
         n, blocks, groups = self.counts(shape)
         codes = (-(-n // 2),) if shape[-1] % 2 else (*shape[:-1], shape[-1] // 2)
         specs = {"codes": TensorSpec("U8", codes), "absmax": TensorSpec("F32", (blocks,))}
-        if self.double_quant == "affine":
+        if self.double_quant != "none":
             specs["absmax"] = TensorSpec("U8", (blocks,))
+        if self.double_quant == "affine":
             specs["absmax_scale"] = specs["absmax_offset"] = TensorSpec("F32", (groups,))
+        elif self.double_quant == "dynamic":
+            specs["nested_absmax"], specs["nested_offset"] = TensorSpec("F32", (groups,)), TensorSpec("F32", (1,))
         return specs
 
     def quantize(self, weight: F32, amax: np.float32 | None = None) -> Parts:
-        """Quantizes float32 [N, K]. Codes are chosen against the absmax that the reader will use."""
+        """Quantizes float32 [N, K].
+
+        Codes are chosen against the absmax that the reader will use; with `dynamic` against the blocks' own, as
+        bitsandbytes chooses them.
+        """
         largest_magnitude(weight)
         blocks = self._blocks(weight)
-        parts: Parts = {"absmax": np.max(np.abs(blocks), axis=1)}
+        absmax: F32 = np.max(np.abs(blocks), axis=1)
+        parts: Parts = {"absmax": absmax}
         if self.double_quant == "affine":
-            parts = quantize_absmax(parts["absmax"])
-        absmax = block_absmax(parts)
+            parts = quantize_absmax(absmax)
+            absmax = block_absmax(parts)
+        elif self.double_quant == "dynamic":
+            parts = quantize_dynamic(absmax)
         inverse = np.float32(1) / np.maximum(absmax, ABSMAX_FLOOR)
         with np.errstate(over="ignore"):
             normalized = blocks * inverse[:, None]
@@ -116,6 +129,8 @@ def quantize_absmax(absmax: F32) -> Parts:
 
 def block_absmax(parts: Parts) -> F32:
     """The float32 [nb] absmax that decodes the codes; reverses the double quantization where there is one."""
+    if "nested_absmax" in parts:
+        return restore_dynamic(parts)
     if "absmax_scale" not in parts:
         stored: NDArray[Any] = parts["absmax"]
         return stored

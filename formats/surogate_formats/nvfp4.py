@@ -17,17 +17,20 @@ F32 = NDArray[np.float32]
 BLOCK = 16
 """Values along K that share a scale; with 2-D scaling also rows."""
 
+HOW_CHOSEN = ("two_d", "four_over_six", "metric", "global_scale")
+"""Parameters that say how the parts were chosen; the parts mean the same without them, and don't show them."""
+
 LARGEST_GLOBAL_SCALE = np.float32(2.0**123)
 
 
 @dataclass(frozen=True)
 class NVFP4:
-    """NVFP4 with the global scale g as a divisor: W = e2m1 * (scale / global_scale).
+    """NVFP4: W = e2m1 * step, the step of a block being its scale divided by the global scale g, or times 1/g.
 
     Parts of a weight [N, K], K a multiple of 16:
         codes: U8 [N, K/2], value 2i in the low nibble.
         scale: F8_E4M3 [N, K/16]; with 2-D scaling each tile's scale stands in all of its 16 rows.
-        global_scale: F32 [1].
+        global_scale: F32 [1]: g, or with `step` multiply its reciprocal.
 
     Attributes:
         two_d: one scale a 16x16 tile (W and its transpose then share codes) instead of one a 1x16 block.
@@ -36,6 +39,8 @@ class NVFP4:
         metric: the error by which Four-Over-Six chooses, over the block in the original domain.
         global_scale: `pow2` rounds g down to a power of two, which makes every dequantized value exact in bfloat16;
             `amax` is the rule of the peers.
+        step: `divide` scales by g, or `multiply` them with a stored 1/g (ModelOpt). Where g is a power of two, both
+            give the same values.
     """
 
     name: ClassVar[str] = "fp4"
@@ -45,11 +50,13 @@ class NVFP4:
     four_over_six: bool = True
     metric: Literal["mse", "l1", "absmax"] = "mse"
     global_scale: Literal["pow2", "amax"] = "pow2"
+    step: Literal["divide", "multiply"] = "divide"
 
     def __post_init__(self) -> None:
         """Refuses parameter values that the format doesn't have."""
         check_choice(self.name, "metric", self.metric, ("mse", "l1", "absmax"))
         check_choice(self.name, "global_scale", self.global_scale, ("pow2", "amax"))
+        check_choice(self.name, "step", self.step, ("divide", "multiply"))
 
     def keep_reason(self, shape: Shape) -> str | None:
         """Rows must divide into blocks of 16."""
@@ -76,18 +83,23 @@ class NVFP4:
         _, exponent = np.frexp(g)
         return np.float32(np.ldexp(1.0, int(exponent) - 1))
 
+    def stored_global_scale(self, g: np.float32) -> F32:
+        """The part `global_scale`, float32 [1], of a global scale g."""
+        return np.array([g if self.step == "divide" else np.float32(1) / g], dtype=np.float32)
+
     def quantize(self, weight: F32, amax: np.float32 | None = None) -> Parts:
         """Quantizes float32 [N, K]; `amax` is the fused group's largest magnitude, by default the weight's own."""
         largest = largest_magnitude(weight)
         g = self.divisor(largest if amax is None else amax)
+        stored_g = self.stored_global_scale(g)
         tiles = self._tiles(weight)
         block_amax: F32 = np.abs(tiles).max(axis=(1, 3), initial=0)
         sixth = block_amax / E2M1_MAX * g
         scale = _block_scale(sixth, block_amax)
-        codes, values = _round_tiles(tiles, scale, g)
+        codes, values = _round_tiles(tiles, self._step(scale, stored_g))
         if self.four_over_six:
             scale_4 = _block_scale(np.float32(1.5) * sixth, block_amax)
-            codes_4, values_4 = _round_tiles(tiles, scale_4, g)
+            codes_4, values_4 = _round_tiles(tiles, self._step(scale_4, stored_g))
             four = block_error(values_4, tiles, self.metric) < block_error(values, tiles, self.metric)
             scale = np.where(four, scale_4, scale)
             codes = np.where(four[:, None, :, None], codes_4, codes)
@@ -97,15 +109,18 @@ class NVFP4:
         return {
             "codes": pack_nibbles(flat, first_high=False),
             "scale": stored,
-            "global_scale": np.array([g], dtype=np.float32),
+            "global_scale": stored_g,
         }
 
     def dequantize(self, parts: Parts, shape: Shape) -> F32:
-        """float32 [N, K]: fl(e2m1 * fl(scale / g))."""
+        """float32 [N, K]: fl(e2m1 * step), the step being fl(scale / g), or fl(scale * fl(1 / g))."""
         values = from_e2m1_codes(unpack_nibbles(parts["codes"], shape[-1], first_high=False))
-        g: F32 = parts["global_scale"]
-        step = parts["scale"].astype(np.float32) / g
+        step = self._step(parts["scale"].astype(np.float32), parts["global_scale"])
         return (values.reshape(*step.shape, BLOCK) * step[..., None]).reshape(shape)
+
+    def _step(self, scale: F32, stored_g: F32) -> F32:
+        step: F32 = scale / stored_g if self.step == "divide" else scale * stored_g
+        return step
 
     def _tiles(self, weight: F32) -> F32:
         height = BLOCK if self.two_d else 1
@@ -120,8 +135,8 @@ def _block_scale(wanted: F32, block_amax: F32) -> F32:
     return floored
 
 
-def _round_tiles(tiles: F32, scale: F32, g: np.float32) -> tuple[NDArray[np.uint8], F32]:
-    step: F32 = (scale / g)[:, None, :, None]
+def _round_tiles(tiles: F32, block_step: F32) -> tuple[NDArray[np.uint8], F32]:
+    step: F32 = block_step[:, None, :, None]
     divisor: F32 = np.where(step == 0, np.float32(1), step)
     codes = np.where(step == 0, np.uint8(0), to_e2m1_codes(tiles / divisor))
     return codes, from_e2m1_codes(codes) * step

@@ -184,14 +184,14 @@ def _build(path: Path, values: dict[str, dict[str, Any]]) -> TrainingConfig:
     by_format = {name: values[name] for name in FORMATS if name in values}
     nf4 = by_format.get("nf4", {})
     if "double_quant" in nf4:
-        nf4["double_quant"] = "affine" if nf4["double_quant"] else "none"
+        nf4["double_quant"] = None if nf4["double_quant"] else "none"  # on: the kind that the layout stores
     lora = Lora(**values.get("lora", {}))
     if lora.rank < 1:
         raise TrainingConfigError(f"{path}: lora_rank is {lora.rank}; it must be at least 1")
     try:
         recipe = Recipe(**values.get("recipe", {}))
         for name, parameters in by_format.items():
-            make_format(name, parameters)
+            make_format(name, {key: value for key, value in parameters.items() if value is not None})
     except UsageError as error:
         raise TrainingConfigError(f"{path}: {error}") from error
     return TrainingConfig(

@@ -46,6 +46,8 @@ def warnings_before(source: Checkpoint, made: Plan) -> list[str]:
     danger = options.layout.expert_warnings.get(options.format.name)
     if danger and any(".experts." in tensor.info.name for tensor in made.quantized):
         lines.append(danger)
+    if always := options.layout.reader_warnings.get(options.format.name):
+        lines.append(always)
     dtypes = {tensor.info.dtype for tensor in made.quantized}
     warning = options.layout.dtype_warnings.get(options.format.name)
     if warning and dtypes != {"BF16"}:

@@ -38,7 +38,7 @@ FORMAT_PARAMETERS = {
 }
 """Options that are parameters of a format, with the parameter's name; the format refuses those that it doesn't have."""
 
-LAYOUTS = ("surogate", "compressed-tensors", "hf-fp8")
+LAYOUTS = ("surogate", "compressed-tensors", "hf-fp8", "modelopt", "bitsandbytes")
 """Names of the layouts, written out so that `--help` need not import them."""
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -52,7 +52,8 @@ DEVICES = ("auto", "cpu", "cuda")
 @click.option("--config", type=click.Path(), help="Training file (YAML) with qlora_* keys; options given here win, "
               "--format too.")  # fmt: skip
 @click.option("--layout", type=click.Choice(LAYOUTS), help="How tensors are named on disk.  [default: surogate for "
-              "nf4, compressed-tensors for fp4 and fp8, hf-fp8 for fp8 with --scaling block]")  # fmt: skip
+              "nf4, compressed-tensors for fp4 and fp8, hf-fp8 for fp8 with --scaling block, modelopt for fp4 where "
+              "experts are quantized]")  # fmt: skip
 @click.option("--block-size", type=int, help="nf4: values that share an absmax, 64 or 128.  [default: 64]")
 @click.option("--double-quant/--no-double-quant", default=None, help="nf4: 8-bit absmax.  [default: on]")
 @click.option("--scaling", type=click.Choice(["tensor", "channel", "block"]), help="fp8: what shares a scale; a block "
@@ -145,7 +146,7 @@ def _options(out: Out, arguments: dict[str, Any]) -> tuple[str | None, Options]:
         parameter: arguments[option] for option, parameter in FORMAT_PARAMETERS.items() if arguments[option] is not None
     }
     if "double_quant" in parameters:
-        parameters["double_quant"] = "affine" if parameters["double_quant"] else "none"
+        parameters["double_quant"] = None if parameters["double_quant"] else "none"  # on: as the layout stores it
     options = make_options(
         arguments["format_name"],
         parameters,

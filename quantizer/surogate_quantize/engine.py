@@ -111,8 +111,8 @@ class CpuEngine:
         """See `Engine`."""
         unit = error_unit(own_amax)
         amax = own_amax if group_amax is None else group_amax
-        parts, pieces = cut(fmt, source, amax, unit)
-        errors = total_errors(self._run(pieces), unit)
+        parts, stages = cut(fmt, source, amax, unit)
+        errors = total_errors([sums for pieces in stages for sums in self._run(pieces)], unit)
         check_range(fmt, parts, source, own_amax)
         return parts, errors
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import click
 
 _PARAMETER = re.compile(r"`(?P<name>\w+)(?:='?(?P<value>[^`']+)'?)?`")
-_WITHOUT_FLAG = re.compile(r"(?:, )?`scale_dtype`")
+_WITHOUT_FLAG = re.compile(r"(?:, )?`(?:scale_dtype|step)`")
 """Set by the layout, never by the user: on the command line lists of parameters don't name it."""
 
 

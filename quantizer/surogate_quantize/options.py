@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surogate_formats.errors import UsageError
 from surogate_formats.format import Format
-from surogate_formats.layouts import Layout, settle
+from surogate_formats.layouts import FOR_EXPERTS, LAYOUTS, Layout, settle
 from surogate_formats.recipe import Recipe, check_compatible
+from surogate_formats.registry import make_format
 from surogate_formats.training_config import Lora, TrainingConfig
 from surogate_quantize.skip_options import SkipOptions
 
@@ -38,6 +39,7 @@ class Options:
         skip: what stays unquantized on the user's word.
         recipe, lora: kept in the artifact as defaults for training.
         max_shard_size: bytes of payload that a shard may hold; a single weight may exceed it.
+        layout_asked: whether the layout was asked for, and isn't just the format's default.
     """
 
     format: Format
@@ -46,6 +48,16 @@ class Options:
     recipe: Recipe = field(default_factory=Recipe)
     lora: Lora = field(default_factory=Lora)
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
+    layout_asked: bool = True
+
+    def for_experts(self) -> Options:
+        """The same where experts are quantized: another layout may be the format's default there."""
+        name = self.format.name
+        if self.layout_asked or name not in FOR_EXPERTS:
+            return self
+        layout = LAYOUTS[FOR_EXPERTS[name]]
+        fmt = make_format(name, {**vars(self.format), **layout.fixed.get(name, {})})
+        return self if layout.refusal(fmt) else replace(self, format=fmt, layout=layout)
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest records beside format, layout, recipe and adapter; JSON-ready."""
@@ -72,7 +84,7 @@ def make_options(
 
     Args:
         format_name: `nf4`, `fp4` or `fp8`; None takes the training file's.
-        parameters: the format's parameters that are given.
+        parameters: the format's parameters that are given; None is as good as not given, but wins over the file.
         layout: a layout's name; None takes the format's default.
         training: the training file, if there is one.
         skip_first_layers: decoder blocks kept at the start; None takes the training file's.
@@ -98,6 +110,7 @@ def make_options(
         recipe=training.recipe,
         lora=training.lora,
         max_shard_size=parse_size(max_shard_size),
+        layout_asked=layout is not None,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from surogate_formats.layouts.modelopt import SIDECAR as MODELOPT_FILE
 from surogate_formats.manifest import MANIFEST_NAME
 from surogate_quantize.interruption import name_leftover, undisturbed
 from surogate_quantize.output_errors import (
@@ -77,7 +78,7 @@ def _check_leftover(out: Path, *, overwrite: bool) -> None:
 def _is_ours(name: str) -> bool:
     """Whether a file of this name is one that a run writes."""
     shard = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-    return shard or name in {*_LAST, STAGING, TEMPLATES} or is_carried(name)
+    return shard or name in {*_LAST, MODELOPT_FILE, STAGING, TEMPLATES} or is_carried(name)
 
 
 @contextmanager

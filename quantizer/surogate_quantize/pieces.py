@@ -22,7 +22,11 @@ PIECE = 2**19
 """Values in a piece, about: enough to keep a thread busy for a millisecond, few enough to share a weight out."""
 
 
-def cut(fmt: Format, source: Source, amax: np.float32, unit: np.float32) -> tuple[Parts, list[Work]]:
+Stages: TypeAlias = Iterator[list[Work]]
+"""Lists of pieces of work: each list is made when all pieces before it are done."""
+
+
+def cut(fmt: Format, source: Source, amax: np.float32, unit: np.float32) -> tuple[Parts, Stages]:
     """Empty parts for the whole weight, and the pieces of work that fill them; the cuts depend on the shape alone.
 
     Args:
@@ -34,36 +38,54 @@ def cut(fmt: Format, source: Source, amax: np.float32, unit: np.float32) -> tupl
     parts: Parts = {
         part: np.empty(spec.shape, NUMPY[spec.dtype]) for part, spec in fmt.part_specs(source.raw.shape).items()
     }
-    return parts, list(CUTTERS[fmt.name](fmt, source, parts, amax, unit))
+    return parts, CUTTERS[fmt.name](fmt, source, parts, amax, unit)
 
 
-def _nf4(fmt: NF4, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Iterator[Work]:
-    from surogate_quantize.kernels.nf4 import quantize_nf4
+def _nf4(fmt: NF4, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Stages:
+    """With dynamic double quantization the mean of all absmax stands between two passes over the weight."""
+    from surogate_quantize.kernels.nf4_absmax import block_absmax, mean_absmax
 
-    flat, codes = source.raw.reshape(-1), parts["codes"].reshape(-1)
-    double = fmt.double_quant != "none"
-    nothing: Parts = {"u8": np.empty(0, np.uint8), "f32": np.empty(0, np.float32)}
-    span = fmt.block_size * BLOCKS_PER_GROUP
+    places = list(_whole_groups(source.raw.size, fmt.block_size))
+    if fmt.double_quant == "dynamic":
+        flat, absmax = source.raw.reshape(-1), np.empty(parts["absmax"].shape, np.float32)
+        what = (source.kind, source.mask, fmt.block_size)
+        yield [_bound(block_absmax, flat[values], *what, absmax[blocks]) for values, blocks, _ in places]
+        parts["nested_offset"][0] = mean_absmax(absmax)
+    yield [_nf4_piece(fmt, source, parts, unit, *place) for place in places]
+
+
+def _whole_groups(count: int, block: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Values, blocks and groups of blocks of each piece."""
+    span = block * BLOCKS_PER_GROUP
     step = max(PIECE // span, 1)
-    for group in range(0, -(-flat.size // span), step):
-        values = slice(group * span, (group + step) * span)
-        blocks = slice(group * BLOCKS_PER_GROUP, (group + step) * BLOCKS_PER_GROUP)
+    for group in range(0, -(-count // span), step):
         groups = slice(group, group + step)
-        outputs = (
-            codes[values.start // 2 : -(-values.stop // 2)],
-            parts["absmax"][blocks] if double else nothing["u8"],
-            nothing["f32"] if double else parts["absmax"][blocks],
-            parts["absmax_scale"][groups] if double else nothing["f32"],
-            parts["absmax_offset"][groups] if double else nothing["f32"],
-        )
-        yield _bound(quantize_nf4, flat[values], source.kind, source.mask, fmt.block_size, double, unit, *outputs)
+        blocks = slice(groups.start * BLOCKS_PER_GROUP, groups.stop * BLOCKS_PER_GROUP)
+        yield slice(groups.start * span, groups.stop * span), blocks, groups
+
+
+def _nf4_piece(
+    fmt: NF4, source: Source, parts: Parts, unit: np.float32, values: slice, blocks: slice, groups: slice
+) -> Work:
+    from surogate_quantize.kernels.nf4 import DOUBLE_QUANT, quantize_nf4
+
+    codes = parts["codes"].reshape(-1)[values.start // 2 : -(-values.stop // 2)]
+    absmax, no_bytes, no_floats = parts["absmax"][blocks], np.empty(0, np.uint8), np.empty(0, np.float32)
+    if fmt.double_quant == "affine":
+        outputs = absmax, no_floats, parts["absmax_scale"][groups], parts["absmax_offset"][groups]
+    elif fmt.double_quant == "dynamic":
+        outputs = absmax, no_floats, parts["nested_absmax"][groups], parts["nested_offset"]
+    else:
+        outputs = no_bytes, absmax, no_floats, no_floats
+    what = (source.kind, source.mask, fmt.block_size, DOUBLE_QUANT[fmt.double_quant], unit)
+    return _bound(quantize_nf4, source.raw.reshape(-1)[values], *what, codes, *outputs)
 
 
 def _nvfp4(fmt: NVFP4, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Iterator[Work]:
     from surogate_quantize.kernels.nvfp4 import METRICS, quantize_nvfp4
 
     g = fmt.divisor(amax)
-    parts["global_scale"][0] = g
+    parts["global_scale"][:] = fmt.stored_global_scale(g)
     choice = (fmt.four_over_six, METRICS[fmt.metric], unit)
     if fmt.two_d:
         raw, codes, scale = source.raw, parts["codes"], parts["scale"].view(np.uint8)
@@ -136,5 +158,9 @@ def _bound(function: Callable[..., Sums], *arguments: Any) -> Work:
     return lambda: function(*arguments)
 
 
-CUTTERS: dict[str, Callable[..., Iterator[Work]]] = {"nf4": _nf4, "fp4": _nvfp4, "fp8": _fp8}
-"""By format name: a generator of the pieces of work that fill the parts of a weight."""
+def _at_once(pieces: Callable[..., Iterator[Work]]) -> Callable[..., Stages]:
+    return lambda *arguments: iter([list(pieces(*arguments))])
+
+
+CUTTERS: dict[str, Callable[..., Stages]] = {"nf4": _nf4, "fp4": _at_once(_nvfp4), "fp8": _at_once(_fp8)}
+"""By format name: what makes the pieces of work that fill the parts of a weight."""

@@ -126,6 +126,8 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
             f"{source.directory}: nothing to quantize; all tensors are kept: {reasons}{_way_out(source, options)}"
         )
     quantized = [name for name, decision in decisions.items() if decision.quantize]
+    if any(".experts." in name for name in quantized):
+        options = options.for_experts()
     groups = amax_groups(quantized) if options.format.shares_amax else {}
     tensors = _place(source, options, decisions, groups)
     _check_names(tensors)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.checkpoint.index import INDEX
-from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.errors import SurogateError
 from surogate_formats.format import to_dict
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
@@ -25,7 +24,7 @@ from surogate_quantize.sidecars import (
     carried_names,
     carry_over,
     find_sidecars,
-    quantized_config,
+    quantized_configs,
     shard_index,
     shard_names,
 )
@@ -103,15 +102,15 @@ def quantize(
         check_output(out_path, source_path, overwrite=overwrite)
         sidecars = find_sidecars(source_path)
         made = make_plan(source, options)
-        engine = stack.enter_context(open_engine(device, options.format, workers))
-        comparison = Comparison(engine, options)
+        engine = stack.enter_context(open_engine(device, made.options.format, workers))
+        comparison = Comparison(engine, made.options)
         needed = sum(tensor.stored_bytes for tensor in made.tensors) + HEADER_ROOM
-        names, config = shard_names(made.shards), quantized_config(dict(source.config), made)
+        names, configs = shard_names(made.shards), quantized_configs(dict(source.config), made)
         with staged(out_path, needed) as staging:
             progress = watch(made) if watch else lambda tensor: None
             results = run_stream(source, made, engine, [staging / name for name in names], progress)
             carried = carry_over(source_path, sidecars, staging)
-            own = {CONFIG: config, **({INDEX: shard_index(made, names)} if len(names) > 1 else {})}
+            own = {**configs, **({INDEX: shard_index(made, names)} if len(names) > 1 else {})}
             for name, data in own.items():
                 write_synced(staging / name, data)
             hashes = carried | {name: hashlib.sha256(data).hexdigest() for name, data in own.items()}

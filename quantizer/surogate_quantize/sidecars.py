@@ -13,7 +13,9 @@ from typing import Any
 from surogate_formats.checkpoint.directory import Directory
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.checkpoint.files import unreadable
+from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.errors import CheckpointError
+from surogate_formats.layouts import SidecarLayout
 from surogate_quantize.plan import Plan
 from surogate_quantize.syncing import sync_directory
 
@@ -131,10 +133,17 @@ def is_carried(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in CARRIED)
 
 
-def quantized_config(config: dict[str, Any], plan: Plan) -> bytes:
-    """config.json of the artifact: the source's, and how it is quantized."""
-    declared = plan.options.layout.quantization_config(plan.options.format, plan.kept_modules())
-    return json.dumps({**config, "quantization_config": declared}, indent=2).encode() + b"\n"
+def quantized_configs(config: dict[str, Any], plan: Plan) -> dict[str, bytes]:
+    """config.json of the artifact, which is the source's and how it is quantized, and what its readers want beside it.
+
+    Returns:
+        File name to content.
+    """
+    layout = plan.options.layout
+    declared = layout.quantization_config(plan.options.format, plan.kept_modules())
+    beside = layout.sidecars(declared) if isinstance(layout, SidecarLayout) else {}
+    contents = {CONFIG: {**config, "quantization_config": declared}, **beside}
+    return {name: json.dumps(content, indent=2).encode() + b"\n" for name, content in contents.items()}
 
 
 def shard_names(count: int) -> list[str]:

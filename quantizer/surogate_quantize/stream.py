@@ -13,10 +13,11 @@ import numpy as np
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.format import Parts
-from surogate_formats.layouts import StoredTensor
+from surogate_formats.layouts import StoredTensor, stored_arrays
 from surogate_formats.manifest import TensorRecord
 from surogate_quantize.engine import Engine
 from surogate_quantize.kept import COPY_PIECE, KeptTensor
+from surogate_quantize.options import Options
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.shard import ShardWriter
 from surogate_quantize.weight_errors import Errors
@@ -76,7 +77,7 @@ def run_stream(
             else:
                 parts, errors = _quantize(source, plan, engine, weights, tensor, loaded)
                 weights.release(loaded)
-                future = writer.submit(_write, tensor, shard, parts, errors)
+                future = writer.submit(_write, plan.options, tensor, shard, parts, errors)
                 del parts
             del loaded  # the next weight must not be read while this one is held
             pending.append((tensor, future))
@@ -127,10 +128,11 @@ def _quantize(
         return engine.quantize(plan.options.format, loaded.source, loaded.amax, weights.group_amax(tensor))
 
 
-def _write(tensor: PlannedTensor, shard: ShardWriter, parts: Parts, errors: Errors) -> Result:
+def _write(options: Options, tensor: PlannedTensor, shard: ShardWriter, parts: Parts, errors: Errors) -> Result:
     hashes = {}
+    arrays = stored_arrays(options.layout, options.format, parts, tensor.info.shape, tensor.info.dtype)
     for part, stored in tensor.stored.items():
-        hashes[stored.name] = shard.write(stored.name, [parts[part].reshape(-1).view(np.uint8).data])
+        hashes[stored.name] = shard.write(stored.name, [arrays[part].reshape(-1).view(np.uint8).data])
     record = _record(tensor, hashes, errors)
     return Result(record, errors, finite=True)
 

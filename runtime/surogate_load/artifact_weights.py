@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.errors import UsageError
-from surogate_load.local import open_local
+from surogate_load.local import open_local, say_unused
 from surogate_load.weight import WeightKind, to_torch
 
 
@@ -97,10 +97,12 @@ class OpenArtifact(Mapping[str, QuantizedWeight]):
 
 
 def open_artifact(path: str | Path) -> OpenArtifact:
-    """Opens a directory that surogate-quantize wrote.
+    """Opens a directory that surogate-quantize wrote, or that others quantized (see `load_model`).
 
     Raises:
         NotDownloadedError: the name of a model on the Hub.
-        ArtifactError, CheckpointError: it is not complete, or not what it claims to be.
+        ArtifactError, CheckpointError: it is not complete, not what it claims to be, or nothing that we read.
     """
-    return OpenArtifact(open_local(path))
+    artifact = open_local(path)
+    say_unused(artifact)
+    return OpenArtifact(artifact)

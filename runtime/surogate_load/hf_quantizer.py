@@ -1,10 +1,11 @@
-"""The plug-in by which transformers loads artifacts: linears become `QuantizedLinear` before any weight is read.
+"""The plug-in by which transformers loads packed files: linears become `QuantizedLinear` before any weight is read.
 
 Packed tensors are parameters under their names on disk, so transformers fills them as they are: nothing dense is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,18 +16,24 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from surogate_formats.checkpoint import TensorInfo
-from surogate_formats.format import TensorSpec
-from surogate_formats.layouts import Layout, layout_of_config, stored_tensors
+from surogate_formats.layouts import Layout, layout_of_config
+from surogate_formats.packed_weights import ACTIVATION_SCALES, FOUND_BY_HEADERS, find_packed_weights
+from surogate_formats.registry import from_dict
 from surogate_load.errors import MismatchedModelError, UnsupportedModuleError
 from surogate_load.linear import QuantizedLinear
 from surogate_load.loss.fused_head import fuse_head
 from surogate_load.merged.projections import merge_projections
 from surogate_load.packed_names import packed_modules, read_infos
+from surogate_load.recoding import as_stored, must_restore, restores, restoring
 from surogate_load.saving import Origin, record_saves
+from surogate_load.stored_specs import stored_specs
 from surogate_load.transformers_readers import watch_readers
-from surogate_load.weight import WeightKind
+from surogate_load.weight import NAMES, WeightKind
 
 METHOD = "surogate"
+
+OWN_METHODS = (METHOD, "modelopt")
+"""The `quant_method`s of config.json that transformers leaves to this plug-in."""
 
 _STORED_AS = "stored_as"
 
@@ -64,6 +71,7 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         self.layout: Layout = layout_of_config(quantization_config.stored_as)
         self.format, _ = self.layout.parse_config(quantization_config.stored_as)
         self._packed: set[str] = set()
+        self._stored_names: dict[str, str] = {}
         self.origin: Origin | None = None
 
     def is_serializable(self) -> bool:
@@ -84,45 +92,85 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         self, converter: WeightRenaming | WeightConverter, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
         """Packed tensors keep their dtype whatever the model's."""
+        if restores(converter):  # every weight; codes alone have one byte in the model
+            return None if dtype is None or dtype.itemsize == 1 else super().get_new_dtype(None, param, dtype)
         if self._packed.intersection(converter.target_patterns):
             return None
         kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return kept
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Restores the parts of layouts whose names are no parameter's."""
+        return restoring(self.layout, self.format)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The artifact's tensors: what `state_dict` holds without the recipe's scaling state."""
         states = {f"{name}.recipe." for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
         tensors = model.state_dict()
         owner = {name: name.partition(".recipe.")[0] + ".recipe." for name in tensors}
-        return {name: tensor for name, tensor in tensors.items() if owner[name] not in states}, {}
+        packed = {name: tensor for name, tensor in tensors.items() if owner[name] not in states}
+        return as_stored(self.layout, self.format, packed, dict(self._layers(model))), {}
+
+    def _layers(self, model: nn.Module) -> Iterator[tuple[str, tuple[QuantizedLinear, str]]]:
+        """Every packed layer by name, with the safetensors dtype of its source."""
+        records = self.origin.manifest.tensors if self.origin and self.origin.manifest else {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                record = records.get(f"{self._stored_names.get(name, name)}.weight")
+                yield name, (layer, record.dtype if record else NAMES[layer.compute_dtype])
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         infos = read_infos(kwargs["checkpoint_files"])
+        self._read_format(infos, kwargs["checkpoint_files"][0])
         _, companion, *_ = self.layout.suffixes[self.format.name].values()
         dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]
         for stored, module in packed_modules(model, infos, companion):
-            layer = self._replacement(model, module, dtype)
-            self._check_stored(stored, layer, infos)
+            layer = self._replacement(model, stored, module, dtype, infos)
             parent, _, child = module.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
-            self._packed.update(f"{module}.{name}" for name in layer.part_names)
+            self._packed.update(f"{module}.{name}" for name in layer.packed_names)
+            self._stored_names[module] = stored
         if not self._packed:
             raise MismatchedModelError(
                 f"config.json declares {self.format.name} weights, but the files hold none; quantize again"
             )
+        self._pass_over_unused(model, infos)
         self.origin = Origin.read(kwargs["checkpoint_files"][0], self._packed)
         record_saves()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
-                for part in module.parts:
-                    part.requires_grad_(False)
+                for name in module.packed_names:
+                    module.get_parameter(name).requires_grad_(False)
+        if must_restore(self.layout, self.format):  # saving stores by itself what these restored
+            conversions: Any = model._weight_conversions
+            model._weight_conversions = [each for each in conversions if not restores(each)]  # type: ignore[assignment]
         merge_projections(model)
         fuse_head(model)
         return model
 
-    def _replacement(self, model: nn.Module, module: str, dtype: torch.dtype) -> QuantizedLinear:
+    def _read_format(self, infos: dict[str, TensorInfo], file: str) -> None:
+        """Takes from the headers what the config doesn't say; refuses tensors of few bits that have no scale.
+
+        What neither says (bitsandbytes' block size) stands in the manifest.
+        """
+        manifest = Origin.read(file, set()).manifest
+        if self.format.name in FOUND_BY_HEADERS:
+            self.format = find_packed_weights(self.layout, self.format, infos).format
+        elif manifest is not None and manifest.format.get("name") == self.format.name:
+            self.format = from_dict(dict(manifest.format))
+
+    def _pass_over_unused(self, model: nn.Module, infos: dict[str, TensorInfo]) -> None:
+        """What is said about activations outside of packed weights has no place in the model, and needs none."""
+        if any(name.rpartition(".")[2] in ACTIVATION_SCALES for name in infos):
+            ignored = set(model._keys_to_ignore_on_load_unexpected or ())  # type: ignore[arg-type]
+            ignored |= {rf"\.{ending}$" for ending in ACTIVATION_SCALES}
+            model._keys_to_ignore_on_load_unexpected = ignored  # type: ignore[assignment]
+
+    def _replacement(
+        self, model: nn.Module, stored: str, module: str, dtype: torch.dtype, infos: dict[str, TensorInfo]
+    ) -> QuantizedLinear:
         linear = model.get_submodule(module)
         if type(linear) is not nn.Linear:
             raise UnsupportedModuleError(
@@ -130,20 +178,19 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
                 "surogate_load can't train on it; quantize again with --skip for it"
             )
         kind = WeightKind(self.format, (linear.out_features, linear.in_features))
-        return QuantizedLinear(kind, self.layout, bias=linear.bias is not None, compute_dtype=dtype, device="meta")
-
-    def _check_stored(self, stored: str, layer: QuantizedLinear, infos: dict[str, TensorInfo]) -> None:
-        for tensor in stored_tensors(self.layout, self.format, stored, layer.kind.shape).values():
-            info = infos.get(tensor.name)
-            found = info and TensorSpec(info.dtype, info.shape)
-            if found != tensor.spec:
-                has = f"is {found.dtype} {list(found.shape)}" if found else "is missing"
-                needs = f"{tensor.spec.dtype} {list(tensor.spec.shape)}"
-                raise MismatchedModelError(f"{tensor.name} {has}, the model needs {needs}; quantize again")
+        return QuantizedLinear(
+            kind,
+            self.layout,
+            bias=linear.bias is not None,
+            compute_dtype=dtype,
+            device="meta",
+            stored=stored_specs(self.layout, stored, kind, infos),
+        )
 
 
 def register() -> None:
-    """Tells transformers about the quant_method `surogate`, and watches how it reads the others."""
-    register_quantization_config(METHOD)(SurogateQuantizationConfig)
-    register_quantizer(METHOD)(SurogateQuantizer)
-    watch_readers(METHOD)
+    """Tells transformers about our `quant_method`s, and watches how it reads the others."""
+    for method in OWN_METHODS:
+        register_quantization_config(method)(SurogateQuantizationConfig)
+        register_quantizer(method)(SurogateQuantizer)
+    watch_readers(OWN_METHODS)

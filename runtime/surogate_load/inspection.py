@@ -9,6 +9,7 @@ from typing import Any
 from surogate_formats.artifact import Artifact
 from surogate_formats.format import to_dict
 from surogate_formats.manifest import TensorRecord
+from surogate_formats.nvfp4 import HOW_CHOSEN
 from surogate_load.readers import readers
 
 
@@ -20,13 +21,13 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     values, quantized = (sum(prod(record.shape) for record in of) for of in (records, packed))
     nbytes = sum(entry.info.nbytes for entry in artifact.checkpoint.tensors.values())
     bits = sum(record.bits_per_weight * prod(record.shape) for record in packed)
-    parameters = to_dict(artifact.format)
+    parameters = _known_parameters(artifact)
     errors = [record.relative_error for record in packed if record.relative_error is not None]
     return {
         "format": parameters.pop("name"),
         "parameters": parameters,
         "layout": artifact.layout.name,
-        "tool_version": manifest.tool_version,
+        "tool_version": manifest.tool_version or None,
         "source": manifest.source,
         "recipe": artifact.recipe.name,
         "quantized_weights": len(packed),
@@ -43,8 +44,16 @@ def describe(artifact: Artifact) -> dict[str, Any]:
             artifact.layout.name,
             experts=any("experts" in module.split(".") for module in artifact.modules),
             bf16=all(record.dtype == "BF16" for record in packed),
+            ours=artifact.foreign is None,
         ),
+        "not_used": list(artifact.foreign.unused) if artifact.foreign else [],
     }
+
+
+def _known_parameters(artifact: Artifact) -> dict[str, Any]:
+    """The format's name and parameters, without those that the files of others don't show."""
+    unknown = HOW_CHOSEN if artifact.foreign else ()
+    return {key: value for key, value in to_dict(artifact.format).items() if key not in unknown}
 
 
 def describe_modules(artifact: Artifact) -> dict[str, dict[str, Any]]:
@@ -64,11 +73,12 @@ def lines(found: dict[str, Any]) -> dict[str, str | list[str]]:
     """What `describe` found, in words by title."""
     share = found["quantized_parameters"] / max(found["parameters_in_all"], 1)
     error = found["relative_error"]
-    return {
+    maker = f"surogate-quant {found['tool_version']} from {found['source']}"
+    rows: dict[str, str | list[str]] = {
         "format": found["format"],
         "parameters": ", ".join(f"{key} {value}" for key, value in found["parameters"].items()),
         "layout": found["layout"],
-        "made by": f"surogate-quant {found['tool_version']} from {found['source']}",
+        "made by": maker if found["tool_version"] else "others (no surogate.json: no hashes, no errors)",
         "recipe": found["recipe"],
         "quantized": f"{found['quantized_weights']} weights, {share:.1%} of "
         f"{found['parameters_in_all'] / 1e6:.1f} M parameters (--modules lists them)",
@@ -79,6 +89,7 @@ def lines(found: dict[str, Any]) -> dict[str, str | list[str]]:
         "kept": [f"{count} {reason}" for reason, count in found["kept"].items()] or ["nothing"],
         "loads in": [f"{reader}: {remark}" if remark else reader for reader, remark in found["loads_in"].items()],
     }
+    return {**rows, "not used": found["not_used"]} if found["not_used"] else rows
 
 
 def module_lines(found: dict[str, dict[str, Any]]) -> list[str]:

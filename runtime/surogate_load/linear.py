@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surogate_formats.format import Format
+from surogate_formats.format import Format, TensorSpec
 from surogate_formats.layouts import Layout
 from surogate_load.placement import Mover, cast_by, move_only
 from surogate_load.recipes.bf16 import Bf16
@@ -20,13 +20,16 @@ from surogate_load.weight import WeightKind, empty_part
 class QuantizedLinear(nn.Linear):
     """y = x W^T + b with W [N, K] packed; differentiable in x and b, W is frozen.
 
-    The packed tensors are frozen parameters under the artifact's own names (`weight`, `weight_absmax`, ...), so
-    `state_dict` holds the artifact's bytes. `.to(dtype)`, `.half()` and `.float()` change the bias and `compute_dtype`,
-    never a packed tensor. Where the layout has no tensor called `weight`, that attribute gives the codes: libraries
-    read its device.
+    The packed tensors are frozen parameters under the artifact's own names (`weight`, `weight_absmax`, ...; underscores
+    for dots), so `state_dict` holds the artifact's bytes. `.to(dtype)`, `.half()` and `.float()` change the bias and
+    `compute_dtype`, never a packed tensor. Where the layout has no tensor called `weight`, that attribute gives the
+    codes: libraries read its device.
 
     Attributes:
         kind: the format and the shape (N, K).
+        part_names: names of the parts among the packed tensors, in the order of `kind.specs`.
+        packed_names: names of all packed tensors, the parts first. The others are what the layout stores beside them,
+            or what a checkpoint says about activations: carried along, not used.
         compute_dtype: the dtype that base products take and give; PEFT makes adapters in it.
         recipe: how the layer multiplies, and its scaling state.
         shared_input: the `merged.projections.SharedInput` of which the layer is a member; empty if it is alone.
@@ -40,15 +43,28 @@ class QuantizedLinear(nn.Linear):
         bias: bool = False,
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        stored: Mapping[str, TensorSpec] | None = None,
     ) -> None:
-        """Makes the layer with uninitialised packed tensors."""
+        """Makes the layer with uninitialised packed tensors.
+
+        Args:
+            kind: format and shape.
+            layout: names the parts.
+            bias: whether there is one.
+            compute_dtype: see the class.
+            device: of all tensors.
+            stored: packed tensors by name, as they stand on disk, where they aren't just the parts: a single value may
+                be of shape [], and there may be others.
+        """
         nn.Module.__init__(self)
         self.kind = kind
         self.out_features, self.in_features = kind.shape
         self.compute_dtype = compute_dtype
         suffixes = layout.suffixes[kind.format.name]
-        self.part_names = tuple(suffixes[part] for part in kind.specs)
-        for name, spec in zip(self.part_names, kind.specs.values(), strict=True):
+        self.part_names = tuple(suffixes.get(part, f"weight_{part}").replace(".", "_") for part in kind.specs)
+        specs = dict(zip(self.part_names, kind.specs.values(), strict=True)) | dict(stored or {})
+        self.packed_names = tuple(specs)
+        for name, spec in specs.items():
             self.register_parameter(name, nn.Parameter(empty_part(spec, device), requires_grad=False))
         if bias:
             self.bias = nn.Parameter(torch.empty(self.out_features, dtype=compute_dtype, device=device))
@@ -79,8 +95,9 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The packed tensors in the order of the format's parts; the codes come first."""
-        return tuple(self._parameters[name] for name in self.part_names)  # type: ignore[misc]
+        """The parts in the format's order; the codes come first."""
+        found: list[Tensor] = [self._parameters[name] for name in self.part_names]  # type: ignore[misc]
+        return tuple(part if part.dim() else part.view(1) for part in found)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [N, K], by default in `compute_dtype`."""
@@ -131,7 +148,7 @@ class QuantizedLinear(nn.Linear):
         return super().__getattr__(self.part_names[0] if name == "weight" else name)
 
     def _apply(self, fn: Mover, recurse: bool = True) -> QuantizedLinear:
-        old = dict(zip(self.part_names, self.parts, strict=True))
+        old: dict[str, Tensor] = {name: self._parameters[name] for name in self.packed_names}  # type: ignore[misc]
         packed = {name: nn.Parameter(move_only(part.data, fn), requires_grad=False) for name, part in old.items()}
         compute_dtype = cast_by(fn, self.compute_dtype)
         for name in old:

@@ -16,7 +16,7 @@ from surogate_load.architecture import model_class, model_config, need_transform
 from surogate_load.device_choice import default_dtype, memory_errors, reachable
 from surogate_load.errors import MismatchedModelError
 from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, nearest, sort_keywords
-from surogate_load.local import open_local
+from surogate_load.local import open_local, say_unused
 from surogate_load.model_recipe import set_recipe
 from surogate_load.recipes.device import check_device
 from surogate_load.step.regional import compile_layers
@@ -45,7 +45,9 @@ def load_model(
     several adapters at once). `get_peft_model(..., autocast_adapter_dtype=False)` keeps them in the model's dtype.
 
     Args:
-        artifact: the directory that surogate-quantize, or `save_pretrained` of a packed model, wrote.
+        artifact: the directory that surogate-quantize, or `save_pretrained` of a packed model, wrote; or a checkpoint
+            that others quantized: compressed-tensors NVFP4 or FP8, FP8 in 128x128 tiles, ModelOpt NVFP4 or FP8. Scales
+            of activations in it aren't used, and a warning names them.
         recipe: `bf16`, `fp8-hybrid` or `nvfp4`; by default the one that the artifact records.
         device: where the model goes; by default the CPU.
         dtype: of what isn't quantized, and of the products; by default that of the source, but float16 for bfloat16 on
@@ -70,7 +72,7 @@ def load_model(
         UnsupportedDeviceError: the device can't run the recipe, and `emulate` is off.
         UnknownArchitectureError: transformers can't make a model from config.json.
         PackedExpertsError, UnsupportedModuleError: a packed weight has no linear layer to live in.
-        ArtifactError, CheckpointError: the artifact is damaged, or is not this model's.
+        ArtifactError, CheckpointError: the artifact is damaged, is not this model's, or is packed as we don't read.
         MissingExtraError: transformers is not installed.
     """
     chosen_on = chosen_device(device, device_map)
@@ -80,6 +82,7 @@ def load_model(
     if activation_memory is not None and not 0 <= activation_memory <= 1:
         raise UsageError(f"load_model: activation_memory={activation_memory} is not between 0 and 1")
     with open_local(artifact) as opened:
+        say_unused(opened)
         given = sort_keywords(keywords, opened.config.keys())
         chosen = choose_recipe(opened.recipe, recipe, given.switches)
         check_compatible(opened.format.name, chosen)
@@ -111,7 +114,7 @@ def _read_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, ke
     from surogate_load.hf_quantizer import claim
 
     config = model_config(artifact, keywords.config)
-    config.quantization_config = claim(artifact.config["quantization_config"])
+    config.quantization_config = claim(artifact.quantization_config)
     loading = {**keywords.loading, **({} if device.type == "cpu" else {"device_map": {"": device}})}
     try:
         model, report = model_class(artifact.config).from_pretrained(

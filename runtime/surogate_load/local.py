@@ -1,22 +1,25 @@
-"""Opens an artifact by its directory; what looks like a model's name on the Hub gets the command that downloads it."""
+"""Opens a packed checkpoint by its directory; what looks like a name on the Hub gets the command that downloads it."""
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from surogate_formats.artifact import Artifact
 from surogate_load.errors import NotDownloadedError
 
+_LOG = logging.getLogger("surogate_load")
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_local(path: str | Path) -> Artifact:
-    """Opens a directory that surogate-quantize wrote.
+    """Opens a directory that surogate-quantize wrote, or that others quantized.
 
     Raises:
         NotDownloadedError: there is no such directory, but there may be such a repository on the Hub.
-        ArtifactError, CheckpointError: it is not complete, or not what it claims to be.
+        ArtifactError, CheckpointError: it is not complete, not what it claims to be, or nothing that we read.
     """
     if not Path(path).exists() and _HUB_ID.fullmatch(str(path)):
         name = Path(path).name
@@ -25,3 +28,13 @@ def open_local(path: str | Path) -> Artifact:
             f"and, unless it is packed already, quantize it (surogate-quantize {name} --format nf4 --out {name}-nf4)"
         )
     return Artifact.open(path)
+
+
+def say_unused(artifact: Artifact) -> None:
+    """Warns, in one line, that activations aren't quantized as the makers of a checkpoint meant them to be."""
+    if artifact.foreign is not None and artifact.foreign.unused:
+        _LOG.warning(
+            "%s: weights alone are taken as they are packed; not used here: %s",
+            artifact.path,
+            ", ".join(artifact.foreign.unused),
+        )

@@ -35,9 +35,9 @@ def packed_modules(model: nn.Module, infos: Mapping[str, TensorInfo], companion:
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     for name in infos:
-        stored, _, suffix = name.rpartition(".")
-        if suffix != companion:
+        if not name.endswith(f".{companion}"):
             continue
+        stored = name.removesuffix(f".{companion}")
         weight, merged = rename_source_key(
             f"{stored}.weight", renamings, converters, getattr(model, "base_model_prefix", None), state
         )

@@ -10,15 +10,37 @@ _NOT_THESE = {
     "surogate_load": "not yet: packed experts that transformers merges are refused; --skip experts leaves them"
 }
 
+_UNCALIBRATED = "rounds activations to E4M3 with scale 1, which nobody calibrated"
+
 READERS: dict[tuple[str, str], dict[str, str]] = {
     ("nf4", "surogate"): _OWN,
+    ("nf4", "bitsandbytes"): {
+        **_OWN,
+        "transformers": "stays packed; needs the package bitsandbytes",
+        "vLLM": "with the package vllm-bnb-plugin",
+        "SGLang": "",
+    },
     ("fp4", "compressed-tensors"): {**_OWN, "transformers": _DENSE, "vLLM": "from SM75", "SGLang": ""},
     ("fp8", "compressed-tensors"): {**_OWN, "transformers": _DENSE, "vLLM": "from SM75", "SGLang": ""},
     ("fp8", "hf-fp8"): {**_OWN, "transformers": "dense below SM89", "vLLM": "", "SGLang": "", "Surogate": ""},
+    ("fp4", "modelopt"): {
+        **_OWN,
+        "transformers": "stays packed, where surogate_load is imported; an error elsewhere",
+        "vLLM": "weights alone, from SM75",
+        "TensorRT-LLM": "not run",
+        "Surogate": "",
+    },
+    ("fp8", "modelopt"): {
+        **_OWN,
+        "transformers": "stays packed, where surogate_load is imported; elsewhere wrong weights without an error",
+        "vLLM": f"from SM80; {_UNCALIBRATED}",
+        "TensorRT-LLM": f"not run; {_UNCALIBRATED}",
+    },
 }
 """Format and layout to each reader and a remark."""
 
 NOT_BF16: dict[tuple[str, str], dict[str, str]] = {
+    ("nf4", "bitsandbytes"): {"transformers": "stays packed, multiplies in bfloat16; needs the package bitsandbytes"},
     ("fp4", "compressed-tensors"): {
         "transformers": f"with dtype=bfloat16 only (else RuntimeError at the first forward), {_DENSE}"
     },
@@ -28,6 +50,7 @@ NOT_BF16: dict[tuple[str, str], dict[str, str]] = {
 
 WITH_EXPERTS: dict[tuple[str, str], dict[str, str]] = {
     ("nf4", "surogate"): _NOT_THESE,
+    ("nf4", "bitsandbytes"): {**_NOT_THESE, "transformers": "not these experts (an error at load)"},
     ("fp4", "compressed-tensors"): {
         **_NOT_THESE,
         "transformers": "reads the experts wrongly, without an error; refused where surogate_load is imported",
@@ -37,11 +60,31 @@ WITH_EXPERTS: dict[tuple[str, str], dict[str, str]] = {
         "vLLM": "not these experts (weight-only FP8 experts: RuntimeError)",
     },
     ("fp8", "hf-fp8"): _NOT_THESE,
+    ("fp4", "modelopt"): {**_NOT_THESE, "transformers": "not these experts", "vLLM": "not run"},
+    ("fp8", "modelopt"): {**_NOT_THESE, "transformers": "not these experts", "vLLM": "not run"},
 }
 """Remarks that replace both where experts are quantized."""
 
+OF_OTHERS: dict[tuple[str, str], dict[str, str]] = {
+    ("fp8", "modelopt"): {
+        "vLLM": "from SM80; quantizes activations with the stored scales",
+        "TensorRT-LLM": "not run",
+    },
+}
+"""Remarks that replace them where others packed the checkpoint."""
 
-def readers(fmt: Format, layout: str, *, experts: bool = False, bf16: bool = True) -> dict[str, str]:
+NEVER_WRITTEN: dict[tuple[str, str, str], dict[str, str]] = {
+    ("hf-fp8", "fp8", "tensor"): {**_OWN, "transformers": "dense below SM89"},
+    ("compressed-tensors", "fp8", "block"): {
+        **_OWN,
+        "transformers": _DENSE,
+        "vLLM": "with dynamic activations in groups of 128 only",
+    },
+}
+"""Layout, format and FP8's scaling to the readers of what others write and we don't."""
+
+
+def readers(fmt: Format, layout: str, *, experts: bool = False, bf16: bool = True, ours: bool = True) -> dict[str, str]:
     """Who loads this format in this layout: each reader with a remark, which may be empty.
 
     Args:
@@ -49,10 +92,15 @@ def readers(fmt: Format, layout: str, *, experts: bool = False, bf16: bool = Tru
         layout: the layout's name.
         experts: whether experts of a mixture are quantized.
         bf16: whether every quantized weight was bfloat16 in the source.
+        ours: whether surogate-quantize wrote it.
     """
+    never = NEVER_WRITTEN.get((layout, fmt.name, getattr(fmt, "scaling", "")))
+    if never is not None and not ours:
+        return {**never, **(_NOT_THESE if experts else {})}
     key = fmt.name, layout
     return {
         **READERS[key],
         **({} if bf16 else NOT_BF16.get(key, {})),
+        **({} if ours else OF_OTHERS.get(key, {})),
         **(WITH_EXPERTS.get(key, {}) if experts else {}),
     }

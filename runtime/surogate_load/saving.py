@@ -19,6 +19,7 @@ from surogate_formats.checkpoint import Checkpoint, TensorInfo
 from surogate_formats.checkpoint.index import INDEX
 from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.dtypes import BITS
+from surogate_formats.layouts.surogate import SurogateLayout
 from surogate_formats.manifest import MANIFEST_NAME, Manifest, TensorRecord
 from surogate_load.errors import UnrecordedSaveError
 
@@ -79,7 +80,7 @@ def _save(origin: Origin, model: Any, directory: Path, given: dict[str, Any], wr
     if main:
         (directory / MANIFEST_NAME).unlink(missing_ok=True)
     done = write()
-    if main and origin.manifest is None:
+    if main and origin.manifest is None and model.hf_quantizer.layout.name == SurogateLayout.name:
         _LOG.warning(
             "%s: saved without %s, since %s has none: from_pretrained loads it, surogate_load.load_model doesn't",
             directory,

@@ -6,7 +6,7 @@ Layouts other than `surogate` have a `quant_method` that transformers reads itse
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,20 @@ WRONG_EXPERTS = frozenset({("fp4", "compressed-tensors")})
 """Format and layout of experts that transformers reads wrongly without an error (huggingface/transformers#48371)."""
 
 
-def watch_readers(own_method: str) -> None:
+_READERS = {"bitsandbytes": "bitsandbytes_4bit"}
+"""`quant_method` to transformers' own name of its reader, where that is another."""
+
+
+def watch_readers(own_methods: Collection[str]) -> None:
     """Has transformers' readers of our layouts ask `check_artifact` first; a second call does nothing.
 
     Args:
-        own_method: the `quant_method` that our plug-in reads.
+        own_methods: the `quant_method`s that our plug-in reads.
     """
-    for method in QUANT_METHODS.keys() - {own_method}:
-        reader: Any = AUTO_QUANTIZER_MAPPING[method]
+    for method in QUANT_METHODS.keys() - set(own_methods):
+        reader: Any = AUTO_QUANTIZER_MAPPING.get(_READERS.get(method, method))
+        if reader is None:
+            continue  # transformers has none, and loads nothing
         original = reader._process_model_before_weight_loading
         if getattr(original, "asks_surogate", False):
             continue

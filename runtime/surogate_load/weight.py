@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.format import Format, TensorSpec
+from surogate_formats.nvfp4 import NVFP4
 from surogate_load import ops  # noqa: F401  (registers torch.ops.surogate)
 
 TORCH_DTYPES = {
@@ -22,6 +23,9 @@ TORCH_DTYPES = {
     "F32": torch.float32,
 }
 """The torch dtype of each safetensors dtype that an artifact holds."""
+
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""The safetensors name of a torch dtype: the inverse of `TORCH_DTYPES`."""
 
 _TORCH_OF_NUMPY = {NUMPY[name]: dtype for name, dtype in TORCH_DTYPES.items()}
 
@@ -53,27 +57,27 @@ class WeightKind:
             dtype: of the result.
             multiplier: float32 [1], multiplied in before the rounding.
         """
-        op, _, arguments = _KERNELS[self.format.name]
+        op, _, arguments = _KERNELS[_key(self.format)]
         weight: Tensor = op(*arguments(self, parts), dtype, multiplier)
         return weight
 
     def op_call(self, parts: Sequence[Tensor]) -> tuple[str, Arguments]:
         """The name of the op that dequantizes, and its arguments before dtype and multiplier."""
-        op, _, arguments = _KERNELS[self.format.name]
+        op, _, arguments = _KERNELS[_key(self.format)]
         return op._schema.name.partition("::")[2], arguments(self, parts)  # type: ignore[attr-defined]
 
     def dequantize_for_backward(
         self, gradient: Tensor, parts: Sequence[Tensor], dtype: torch.dtype, multiplier: Tensor | None = None
     ) -> Tensor:
         """The same through the backward's op, which takes the gradient and so can't be moved into the forward."""
-        _, op, arguments = _KERNELS[self.format.name]
+        _, op, arguments = _KERNELS[_key(self.format)]
         weight: Tensor = op(gradient, *arguments(self, parts), dtype, multiplier)
         return weight
 
 
 def _nf4(kind: WeightKind, parts: Sequence[Tensor]) -> Arguments:
     companions = (*parts, None, None)[:4]
-    return (*companions, *kind.shape, kind.format.block_size)  # type: ignore[attr-defined]
+    return (*companions, *kind.shape, kind.format.block_size, kind.format.double_quant)  # type: ignore[attr-defined]
 
 
 def _nvfp4(kind: WeightKind, parts: Sequence[Tensor]) -> Arguments:
@@ -89,12 +93,17 @@ def _pair(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return getattr(library, name).default, getattr(library, f"{name}_for_backward").default
 
 
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Arguments]]] = {
-    "nf4": (*_pair("dequantize_nf4"), _nf4),
-    "fp4": (*_pair("dequantize_nvfp4"), _nvfp4),
-    "fp8": (*_pair("dequantize_fp8"), _fp8),
+def _key(fmt: Format) -> tuple[str, str]:
+    return fmt.name, fmt.step if isinstance(fmt, NVFP4) else ""
+
+
+_KERNELS: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any], Callable[..., Arguments]]] = {
+    ("nf4", ""): (*_pair("dequantize_nf4"), _nf4),
+    ("fp4", "divide"): (*_pair("dequantize_nvfp4"), _nvfp4),
+    ("fp4", "multiply"): (*_pair("dequantize_nvfp4_multiplied"), _nvfp4),
+    ("fp8", ""): (*_pair("dequantize_fp8"), _fp8),
 }
-"""Format name to its two ops and the arguments they take before dtype and multiplier."""
+"""Format name and step rule to its two ops and the arguments they take before dtype and multiplier."""
 
 
 def to_torch(array: NDArray[Any]) -> Tensor:
@@ -102,6 +111,12 @@ def to_torch(array: NDArray[Any]) -> Tensor:
     dtype = _TORCH_OF_NUMPY[array.dtype]
     flat = torch.from_numpy(array.reshape(-1).view("u1"))
     return flat.view(dtype).reshape(array.shape)
+
+
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """The inverse of `to_torch`, for a tensor on the CPU."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat.view(NUMPY[NAMES[tensor.dtype]]).reshape(tuple(tensor.shape))
 
 
 def empty_part(spec: TensorSpec, device: torch.device | str | None) -> Tensor:

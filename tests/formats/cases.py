@@ -14,7 +14,7 @@ from surogate_formats.nf4 import NF4
 from surogate_formats.nvfp4 import NVFP4
 from surogate_formats.tables import NF4_MIDPOINTS
 
-NF4_FORMATS = [NF4(block, double) for block, double in product((64, 128), ("affine", "none"))]
+NF4_FORMATS = [NF4(block, double) for block, double in product((64, 128), ("affine", "dynamic", "none"))]
 NVFP4_FORMATS = [
     NVFP4(two_d, four_over_six, metric, rule)
     for two_d, four_over_six, metric, rule in product(
@@ -25,7 +25,8 @@ NVFP4_FORMATS = [
 FP8_FORMATS = [
     FP8(scaling, dtype) for scaling, dtype in product(("tensor", "channel", "block"), ("float32", "bfloat16"))
 ]
-FORMATS = [*NF4_FORMATS, *NVFP4_FORMATS, *FP8_FORMATS]
+MULTIPLYING_FORMATS = [NVFP4(step="multiply"), NVFP4(two_d=False, four_over_six=False, step="multiply")]
+FORMATS = [*NF4_FORMATS, *NVFP4_FORMATS, *FP8_FORMATS, *MULTIPLYING_FORMATS]
 
 SHAPES = [(1, 1), (3, 17), (129, 130), (1, 16), (17, 48), (16, 64), (2, 32), (5, 127), (33, 144), (260, 64), (7, 1040)]
 """Sides of 1, primes, just over a tile, partial blocks; a third have K % 16 == 0."""

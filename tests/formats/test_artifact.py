@@ -8,7 +8,8 @@ import pytest
 from quantizer.checkpoints import LINEARS, PROJECTIONS, check_artifact, llama, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from surogate_formats.artifact import Artifact, CorruptArtifactError, IncompleteArtifactError
+from surogate_formats.artifact import Artifact, IncompleteArtifactError
+from surogate_formats.artifact_checks import CorruptArtifactError
 from surogate_formats.checkpoint.errors import CheckpointNotFoundError, MissingShardError, TruncatedFileError
 from surogate_formats.errors import ArtifactError
 from surogate_formats.fp8 import FP8

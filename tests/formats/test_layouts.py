@@ -40,6 +40,17 @@ STORED = {
         {"double_quant": "none"},
         {"weight": ("U8", (6, 16)), "weight_absmax": ("F32", (3,))},
     ),
+    ("nf4-dynamic", "bitsandbytes"): (
+        {"double_quant": "dynamic"},
+        {
+            "weight": ("U8", (96, 1)),
+            "weight.absmax": ("U8", (3,)),
+            "weight.quant_map": ("F32", (16,)),
+            "weight.nested_absmax": ("F32", (1,)),
+            "weight.nested_quant_map": ("F32", (256,)),
+            "weight.quant_state.bitsandbytes__nf4": ("U8", (172,)),
+        },
+    ),
     ("fp4", "compressed-tensors"): (
         {},
         {
@@ -107,6 +118,22 @@ CONFIGS = [
             "modules_to_not_convert": ["lm_head", "a.b"],
         },
     ),
+    (
+        NF4(double_quant="dynamic"),
+        {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": ["lm_head", "a.b"],
+            "llm_int8_threshold": 6.0,
+        },
+    ),
     (NVFP4(), compressed_tensors("nvfp4-pack-quantized", WEIGHTS_FP4)),
     (FP8("tensor", "bfloat16"), compressed_tensors("float-quantized", {**WEIGHTS_FP8, "strategy": "tensor"})),
     (FP8("channel", "bfloat16"), compressed_tensors("float-quantized", {**WEIGHTS_FP8, "strategy": "channel"})),
@@ -158,17 +185,17 @@ def test_pack_and_unpack_are_inverse_and_blind_to_other_tensors(fmt):
     layout = layout_for(fmt)
     shape = (6, 32)
     parts = fmt.quantize(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
-    stored = pack(layout, fmt, "m.up", parts)
+    stored = pack(layout, fmt, "m.up", parts, shape)
     assert list(stored) == [tensor.name for tensor in stored_tensors(layout, fmt, "m.up", shape).values()]
     back = unpack(layout, fmt, "m.up", {"m.up.bias": np.zeros(3), **stored}, shape)
     assert back.keys() == parts.keys()
-    assert all(back[part] is parts[part] for part in parts)
+    assert all(back[part].tobytes() == parts[part].tobytes() for part in parts)
 
 
 @pytest.mark.parametrize("fmt", [NF4(), NVFP4(), FP8("tensor", "bfloat16")], ids=name_of)
 def test_a_part_that_is_missing_or_of_another_shape_or_dtype_is_named(fmt):
     layout = layout_for(fmt)
-    stored = pack(layout, fmt, "m.up", fmt.quantize(np.ones((6, 32), np.float32)))
+    stored = pack(layout, fmt, "m.up", fmt.quantize(np.ones((6, 32), np.float32)), (6, 32))
     for name, array in stored.items():
         with pytest.raises(ArtifactError, match=f"{name} is missing"):
             unpack(layout, fmt, "m.up", {key: value for key, value in stored.items() if key != name}, (6, 32))
@@ -255,19 +282,25 @@ def broken(config, path, value):
         (0, "quant_method", "gptq"),
         (0, "quant_method", None),
         (0, "quant_method", ["surogate"]),
-        (1, "quantization_status", "frozen"),
-        (1, "format", "mxfp4-pack-quantized"),
-        (1, "config_groups", {}),
-        (1, "config_groups", None),
-        (1, "config_groups.group_0", "weights"),
-        (1, "config_groups.group_0.targets", ["re:.*mlp.*"]),
-        (1, "config_groups.group_0.input_activations", {"num_bits": 4}),
-        (1, "config_groups.group_0.weights", None),
-        (1, "config_groups.group_0.weights", [8]),
-        (1, "config_groups.group_0.weights.group_size", 32),
-        (2, "config_groups.group_0.weights.strategy", "block"),
-        (4, "weight_block_size", [64, 64]),
-        (4, "weight_block_size", None),
+        (1, "load_in_4bit", False),
+        (1, "bnb_4bit_quant_type", "fp4"),
+        (1, "bnb_4bit_quant_storage", "bfloat16"),
+        (1, "bnb_4bit_use_double_quant", "yes"),
+        (1, "llm_int8_skip_modules", "lm_head"),
+        (2, "quantization_status", "initialized"),
+        (2, "format", "mxfp4-pack-quantized"),
+        (2, "config_groups", {}),
+        (2, "config_groups", None),
+        (2, "config_groups.group_0", "weights"),
+        (2, "config_groups.group_1", {"targets": ["Linear"]}),
+        (2, "config_groups.group_0.weights.num_bits", 8),
+        (2, "config_groups.group_0.weights.type", "int"),
+        (2, "config_groups.group_0.weights", None),
+        (2, "config_groups.group_0.weights", [8]),
+        (2, "config_groups.group_0.weights.group_size", 32),
+        (3, "config_groups.group_0.weights.strategy", "block"),
+        (5, "weight_block_size", [64, 64]),
+        (5, "weight_block_size", None),
     ],
 )
 def test_a_config_that_declares_something_else_is_unreadable(index, path, value):

@@ -62,6 +62,8 @@ def test_bytes_are_the_specifications_memory_layout(fmt, shape):
     if fmt.double_quant == "affine":
         groups = -(-blocks // 256)
         expected |= {"absmax": blocks, "absmax_scale": 4 * groups, "absmax_offset": 4 * groups}
+    if fmt.double_quant == "dynamic":
+        expected |= {"absmax": blocks, "nested_absmax": 4 * -(-blocks // 256), "nested_offset": 4}
     assert {part: array.nbytes for part, array in parts.items()} == expected
     assert {part: spec.nbytes for part, spec in fmt.part_specs(shape).items()} == expected
     for part, spec in fmt.part_specs(shape).items():
@@ -76,6 +78,7 @@ def test_bytes_are_the_specifications_memory_layout(fmt, shape):
         (NF4(64, "none"), Fraction(4) + Fraction(32, 64)),
         (NF4(128, "affine"), Fraction(4) + Fraction(8, 128) + Fraction(64, 128 * 256)),
         (NF4(128, "none"), Fraction(4) + Fraction(32, 128)),
+        (NF4(64, "dynamic"), Fraction(4) + Fraction(8, 64) + Fraction(32, 64 * 256) + Fraction(32, 512 * 1024)),
     ],
     ids=str,
 )
@@ -167,7 +170,11 @@ def test_range_of_absmax_does_not_overflow():
 def test_an_empty_weight_has_empty_parts():
     for fmt in NF4_FORMATS:
         parts = fmt.quantize(np.empty((0, 16), np.float32))
-        assert {part: array.size for part, array in parts.items()} == dict.fromkeys(fmt.part_specs((0, 16)), 0)
+        sizes = dict.fromkeys(fmt.part_specs((0, 16)), 0)
+        assert {part: array.size for part, array in parts.items()} == {
+            **sizes,
+            **({"nested_offset": 1} if fmt.double_quant == "dynamic" else {}),
+        }
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

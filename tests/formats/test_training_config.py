@@ -107,7 +107,7 @@ def test_the_three_examples_as_they_stand(load):
     assert load(NF4_EXAMPLE) == TrainingConfig(
         model="Qwen/Qwen3-4B",
         format_name="nf4",
-        by_format={"nf4": {"block_size": 64, "double_quant": "affine"}},
+        by_format={"nf4": {"block_size": 64, "double_quant": None}},
         recipe=Recipe("bf16"),
         lora=Lora(enabled=True, rank=16, alpha=32),
     )
@@ -173,7 +173,7 @@ def test_spellings_that_contradict_each_other_are_refused(load):
 def test_parameters_of_a_format_that_is_off_change_nothing_of_the_one_that_is_on(load):
     config = load(NF4_EXAMPLE + "qlora_fp8: false\nqlora_fp4: false\ndisable_2d_quantization: true\n")
     assert config.format_name == "nf4"
-    assert config.parameters == {"block_size": 64, "double_quant": "affine"}
+    assert config.parameters == {"block_size": 64, "double_quant": None}
     assert config.recipe.disable_2d_quantization
 
 

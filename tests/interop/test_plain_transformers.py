@@ -1,7 +1,8 @@
-"""Plain transformers loads the fp4 and fp8 artifacts to the logits of the same model with our dequantized weights.
+"""Plain transformers loads our artifacts to the logits of the same model with our dequantized weights.
 
 Equal to the bit: an E4M3 code times a bfloat16 scale, and an E2M1 code times a scale over a power of two, are rounded
-to bfloat16 once at most, whoever multiplies. No `dequantize` key is needed for bfloat16 models.
+to bfloat16 once at most, whoever multiplies. No `dequantize` key is needed for bfloat16 models. Layout bitsandbytes is
+read by that package, in training mode: without gradients its kernel for CPUs rounds absmax to bfloat16.
 """
 
 import json
@@ -25,19 +26,22 @@ FORMATS = {
     "fp8-tensor": ("fp8", {}),
     "fp8-channel": ("fp8", {"scaling": "channel"}),
     "fp8-block": ("fp8", {"scaling": "block"}),
+    "nf4": ("nf4", {}, "bitsandbytes"),
+    "nf4-none": ("nf4", {"double_quant": "none"}, "bitsandbytes"),
+    "nf4-128": ("nf4", {"block_size": 128}, "bitsandbytes"),
 }
 
 CASES = [
     *(("llama", name) for name in FORMATS),
     *(("llama-odd", name) for name in ("fp4", "fp8-tensor", "fp8-channel")),
-    *(("qwen3-tied", name) for name in ("fp4", "fp8-tensor", "fp8-block")),
+    *(("qwen3-tied", name) for name in ("fp4", "fp8-tensor", "fp8-block", "nf4")),
     *(("gemma3", name) for name in ("fp4-1d", "fp8-channel")),
     *(("phi3", name) for name in ("fp4", "fp8-tensor")),
     *(("bert", name) for name in ("fp4", "fp8-tensor", "fp8-block")),
     ("qwen3-moe", "fp8-block"),
 ]
-SKIPPED = ("llama", "fp8-tensor-skip")
-SMOLLM2 = ("fp4", "fp8-tensor")
+SKIPPED = {("llama", "fp8-tensor-skip"): ("fp8", {}), ("llama", "nf4-skip"): ("nf4", {}, "bitsandbytes")}
+SMOLLM2 = ("fp4", "fp8-tensor", "nf4")
 
 
 def write_dense(source, artifact_directory, target):
@@ -73,9 +77,12 @@ def load_in_plain_transformers(root, cases):
         place = root / "-".join(case)
         quantize(source, place / "artifact", options)
         write_dense(source, place / "artifact", place / "dense")
-        jobs += [(str(place / what), class_name, str(place / f"{what}.npy")) for what in ("artifact", "dense")]
+        training = options.layout.name == "bitsandbytes"
+        jobs += [
+            (str(place / what), class_name, str(place / f"{what}.npy"), training) for what in ("artifact", "dense")
+        ]
     reports = run_plain(jobs)
-    logits = [np.load(file) for _, _, file in jobs]
+    logits = [np.load(file) for _, _, file, _ in jobs]
     return {case: (logits[2 * i], logits[2 * i + 1], reports[2 * i : 2 * i + 2]) for i, (case, *_) in enumerate(cases)}
 
 
@@ -89,15 +96,16 @@ def assert_same(packed, dense, reports):
 def test_tiny_models(tiny, tmp_path, subtests):
     """One test, so that one process loads them all."""
     cases = [((kind, name), tiny(kind), KINDS[kind].model, make_options(*FORMATS[name])) for kind, name in CASES]
-    skipping = make_options("fp8", {}, skip_first_layers=1, skip=("layers.1.mlp",))
-    cases.append((SKIPPED, tiny("llama"), KINDS["llama"].model, skipping))
+    for case, arguments in SKIPPED.items():
+        skipping = make_options(*arguments, skip_first_layers=1, skip=("layers.1.mlp",))
+        cases.append((case, tiny("llama"), KINDS["llama"].model, skipping))
     results = load_in_plain_transformers(tmp_path, cases)
     for case, result in results.items():
         with subtests.test("-".join(case)):
             assert_same(*result)
     with subtests.test("they differ from each other, else equality would show nothing"):
         dense = [logits for (kind, _), (_, logits, _) in results.items() if kind == "llama"]
-        assert len(dense) == len(FORMATS) + 1
+        assert len(dense) == len(FORMATS) + len(SKIPPED)
         assert all(not np.array_equal(a, b) for i, a in enumerate(dense) for b in dense[:i])
 
 

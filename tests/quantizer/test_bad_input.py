@@ -296,6 +296,8 @@ def test_bad_requests(source, out, arguments, error, code, message, monkeypatch)
             "fp4 has no parameter --block-size; it has --2d/--1d, --four-over-six/--no-four-over-six, ",
         ),
         (("fp8", "--no-double-quant"), "fp8 has no parameter --double-quant/--no-double-quant; it has --scaling\n"),
+        (("fp8", "--double-quant"), "fp8 has no parameter --double-quant/--no-double-quant; it has --scaling\n"),
+        (("fp8", "--layout", "bitsandbytes"), "layout bitsandbytes: fp8 has no layout bitsandbytes; it has compressed"),
     ],
 )
 def test_refused_pairs(source, out, arguments, message):

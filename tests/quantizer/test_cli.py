@@ -55,7 +55,7 @@ OPTIONS = {
     "--help",
 }
 
-FP4 = {"two_d": True, "four_over_six": True, "metric": "mse", "global_scale": "pow2"}
+FP4 = {"two_d": True, "four_over_six": True, "metric": "mse", "global_scale": "pow2", "step": "divide"}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,9 @@ def test_errors_of_usage_exit_with_2(arguments, message):
         (("nf4", "--block-size", "128"), {"block_size": 128, "double_quant": "affine"}),
         (("nf4", "--no-double-quant"), {"block_size": 64, "double_quant": "none"}),
         (("nf4", "--double-quant"), {"block_size": 64, "double_quant": "affine"}),
+        (("nf4", "--layout", "bitsandbytes"), {"block_size": 64, "double_quant": "dynamic"}),
+        (("nf4", "--layout", "bitsandbytes", "--double-quant"), {"block_size": 64, "double_quant": "dynamic"}),
+        (("nf4", "--layout", "bitsandbytes", "--no-double-quant"), {"block_size": 64, "double_quant": "none"}),
         (("fp4",), FP4),
         (("fp4", "--1d"), FP4 | {"two_d": False}),
         (("fp4", "--2d", "--no-four-over-six"), FP4 | {"four_over_six": False}),
@@ -385,7 +388,12 @@ def test_a_pipe_gets_tables_without_padding_and_without_folds(tmp_path):
     ("arguments", "message"),
     [
         (("nf4",), "no model can be loaded from this artifact; --skip experts keeps them as they are"),
-        (("fp4",), "surogate_load can't keep fused experts packed yet; vLLM and SGLang read them"),
+        (("fp4",), "packed yet; vLLM, TensorRT-LLM and Surogate should read them (not run)"),
+        (
+            ("fp4", "--global-scale", "amax"),
+            "reads fp4 experts in layout compressed-tensors wrongly and without an error",
+        ),
+        (("fp4", "--layout", "compressed-tensors"), "packed yet; vLLM and SGLang read them"),
         (("fp8",), "experts packed yet; --scaling block gives hf-fp8"),
         (("fp8", "--scaling", "block"), "can't keep fused experts packed yet; transformers, vLLM and SGLang read them"),
     ],

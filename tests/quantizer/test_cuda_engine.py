@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from formats.cases import FORMATS as FORMATS_IN_FULL
+from formats.cases import name_of
 from quantizer.checkpoints import contents, write_checkpoint
 
 from surogate_formats.fp8 import FP8
@@ -322,6 +324,24 @@ def test_parameters_that_the_kernels_do_not_know_go_to_the_cpu(cupy):
     with CudaEngine(NF4(), 1) as engine, CpuEngine(1) as cpu:
         amax = cpu.amax(one)
         same(engine.quantize(Newer(), one, amax), cpu.quantize(Newer(), one, amax))
+    assert not fake.launched
+
+
+LEFT_TO_THE_CPU = [NF4(64, "dynamic"), NF4(128, "dynamic")]
+
+
+@pytest.mark.parametrize("fmt", FORMATS_IN_FULL, ids=name_of)
+def test_the_kernels_know_every_value_but_those_left_to_the_cpu(fmt):
+    assert QUANTIZERS[fmt.name].knows(fmt) == (fmt not in LEFT_TO_THE_CPU)
+
+
+@pytest.mark.parametrize("fmt", LEFT_TO_THE_CPU, ids=name_of)
+def test_what_is_left_to_the_cpu_is_quantized_there(cupy, fmt):
+    fake = cupy()
+    one = weight((48, 64))
+    with CudaEngine(fmt, 1) as engine, CpuEngine(1) as cpu:
+        amax = cpu.amax(one)
+        same(engine.quantize(fmt, one, amax), cpu.quantize(fmt, one, amax))
     assert not fake.launched
 
 

@@ -191,6 +191,15 @@ def test_an_argument_wins_over_the_training_file(load):
     assert (options.skip.first_layers, options.skip.last_layers) == (0, 1)
 
 
+def test_double_quantization_that_is_on_is_the_kind_that_the_layout_stores(load):
+    on, off = (load(f"qlora_bnb: true\nqlora_bnb_double_quant: {value}\n") for value in ("true", "false"))
+    assert make_options(None, {}, training=on).format.double_quant == "affine"
+    assert make_options(None, {}, "bitsandbytes", training=on).format.double_quant == "dynamic"
+    assert make_options(None, {}, "bitsandbytes", training=off).format.double_quant == "none"
+    assert make_options(None, {"double_quant": None}, "bitsandbytes", training=off).format.double_quant == "dynamic"
+    assert make_options(None, {"double_quant": "none"}, "bitsandbytes", training=on).format.double_quant == "none"
+
+
 def test_recipe_and_adapter_come_from_the_training_file(load):
     options = make_options(None, {}, training=load("qlora_fp8: true\nrecipe: nvfp4\nlora: true\nlora_rank: 4\n"))
     assert options.recipe == Recipe("nvfp4")

@@ -154,6 +154,15 @@ def test_tiles_that_readers_would_clip_are_kept_by_the_layout(tmp_path):
     assert "model.layers.0.self_attn.o_proj.weight" not in reasons(plan_of(tmp_path, "fp8"))
 
 
+def test_a_block_that_spans_two_rows_is_kept_for_bitsandbytes_alone(tmp_path):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    write_checkpoint(tmp_path, {**llama(), name: np.ones((128, 192), np.float32)})
+    kept = reasons(plan_of(tmp_path, "nf4", {"block_size": 128}, "bitsandbytes"))
+    assert kept[name] == "K = 192 is not a multiple of 128, which bitsandbytes' reader on CPUs needs"
+    assert name not in reasons(plan_of(tmp_path, "nf4", {}, "bitsandbytes"))
+    assert name not in reasons(plan_of(tmp_path, "nf4", {"block_size": 128}))
+
+
 @pytest.mark.parametrize("limit", ["1", "20kB", "100kB", "300kB", "5GB"])
 def test_shards_hold_at_most_the_limit_and_companions_stay_together(source, limit):
     made = plan_of(source, "fp4", max_shard_size=limit)

@@ -22,7 +22,8 @@ from surogate_quantize.kept import COPY_PIECE
 from surogate_quantize.plan import Plan
 
 FORMATS = [*NF4_FORMATS, *NVFP4_FORMATS, *(FP8(scaling) for scaling in ("tensor", "channel", "block"))]
-ONE_OF_EACH = ("nf4", "fp4", "fp8")
+ONE_OF_EACH = ("nf4", "nf4-dynamic", "fp4", "fp8")
+"""Formats, and NF4 whose blocks depend on each other, in the layout that stores more than the parts."""
 
 SIDECARS = {
     "tokenizer.json": "{}",
@@ -55,6 +56,8 @@ def source(tmp_path_factory):
 
 
 def make(source, out, name="nf4", parameters=None, **arguments):
+    name, _, double_quant = name.partition("-")
+    parameters = {"double_quant": double_quant} if double_quant else parameters
     options = {key: arguments.pop(key) for key in ("skip", "skip_first_layers", "max_shard_size") if key in arguments}
     return quantize(source, out, make_options(name, parameters or {}, **options), **arguments)
 

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 from quantizer.checkpoints import contents, write_checkpoint
 
-from surogate_formats.artifact import Artifact, CorruptArtifactError
+from surogate_formats.artifact import Artifact
+from surogate_formats.artifact_checks import CorruptArtifactError
 from surogate_formats.checkpoint.errors import NotARegularFileError, SymlinkedDirectoryError, UnreadableFileError
 from surogate_formats.errors import CheckpointError
 from surogate_quantize import dry_run, make_options, quantize

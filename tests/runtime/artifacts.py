@@ -54,7 +54,8 @@ def write_artifact(model, directory, fmt, *, recipe=None, layout=None, lora=None
             stored = {name: array}
             if quantize:
                 module = name.removesuffix(".weight")
-                stored = pack(chosen, fmt, module, fmt.quantize(array.astype(np.float32)))
+                parts = fmt.quantize(array.astype(np.float32))
+                stored = pack(chosen, fmt, module, parts, array.shape, entry.info.dtype)
             elif is_block_linear(name, array.shape):
                 kept.append(name.removesuffix(".weight"))
             tensors |= stored

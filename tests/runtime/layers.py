@@ -15,11 +15,14 @@ from surogate_load.weight import to_torch
 KINDS = {
     "nf4": NF4(),
     "nf4-none": NF4(double_quant="none"),
+    "nf4-dynamic": NF4(double_quant="dynamic"),
     "fp4": NVFP4(),
     "fp4-1d": NVFP4(two_d=False),
     "fp8-tensor": FP8("tensor", "bfloat16"),
     "fp8-channel": FP8("channel", "bfloat16"),
     "fp8-block": FP8("block"),
+    "fp4-modelopt": NVFP4(step="multiply"),
+    "fp8-modelopt": FP8("tensor"),
 }
 """One layer of each kind that an artifact can hold."""
 

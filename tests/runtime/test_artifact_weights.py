@@ -9,7 +9,8 @@ import torch
 from runtime.layers import KINDS
 from runtime.test_loading import python_path
 
-from surogate_formats.artifact import Artifact, CorruptArtifactError
+from surogate_formats.artifact import Artifact
+from surogate_formats.artifact_checks import CorruptArtifactError
 from surogate_formats.errors import UsageError
 from surogate_load import open_artifact
 from surogate_load.artifact_weights import NoSuchModuleError

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from runtime.nvrtc import compile_cuda
 
+from surogate_formats.dynamic_absmax import DYNAMIC_MAP
 from surogate_formats.tables import E2M1_VALUES, NF4_CODEBOOK
 from surogate_load.kernels.source import MODULES, OPTIONS, RESULTS, kernel_names, source
 
@@ -48,7 +49,7 @@ def test_a_broken_source_fails():
 
 def test_every_format_has_a_kernel_for_every_result():
     assert {name: len(kernel_names(name)) for name in MODULES} == {
-        "nf4": 8,
+        "nf4": 12,
         "nvfp4": 4,
         "fp8": 4,
         "cross_entropy": 3,
@@ -63,7 +64,9 @@ def test_every_format_has_a_kernel_for_every_result():
         )
 
 
-@pytest.mark.parametrize(("name", "table"), [("NF4_CODEBOOK", NF4_CODEBOOK), ("E2M1_VALUES", E2M1_VALUES)])
+@pytest.mark.parametrize(
+    ("name", "table"), [("NF4_CODEBOOK", NF4_CODEBOOK), ("DYNAMIC_MAP", DYNAMIC_MAP), ("E2M1_VALUES", E2M1_VALUES)]
+)
 def test_tables_are_those_of_the_formats(name, table):
     (text,) = re.findall(rf"^#define {name} \{{(.*)\}}$", source("nf4"), re.MULTILINE)
     values = np.array([float.fromhex(value.strip().removesuffix("f")) for value in text.split(",")], dtype=np.float32)

@@ -13,6 +13,7 @@ from runtime.weights import FORMATS, KINDS, make_weight, name_of
 from surogate_load.kernels import device, load_kernels
 from surogate_load.kernels.group import DequantizeGroup
 from surogate_load.kernels.source import source
+from surogate_load.merged.weights import merge
 from surogate_load.weight import WeightKind, to_torch
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +27,7 @@ KERNEL_FORMATS = [
 ]
 """The formats whose packed bytes differ in kind; the others differ in how the quantizer chose them."""
 
-SIMPLE = [FORMATS[0], FORMATS[1], FORMATS[4], *FORMATS[-6:]]
+SIMPLE = [*FORMATS[:3], FORMATS[6], *FORMATS[-6:]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,7 +116,7 @@ def test_conversions_of_older_gpus(monkeypatch):
                 assert_equal_bits(found, weight_kind.dequantize(parts, dtype))
 
 
-@pytest.mark.parametrize("fmt", [FORMATS[1], FORMATS[4], *FORMATS[-6::2]], ids=name_of)
+@pytest.mark.parametrize("fmt", [*FORMATS[1:3], FORMATS[6], *FORMATS[-6::2]], ids=name_of)
 def test_more_than_two_to_the_31_values(fmt):
     """A weight whose rows repeat: the far end must equal the same rows at the beginning."""
     rows, columns, copies = 4096, 4096, 129
@@ -146,7 +147,7 @@ def test_opcheck(fmt):
     check_op(getattr(torch.ops.surogate, f"{name}_for_backward").default, (gradient, *arguments))
 
 
-GROUPS = [FORMATS[0], FORMATS[1], FORMATS[4], FORMATS[-6], FORMATS[-3], FORMATS[-2]]
+GROUPS = [*FORMATS[:3], FORMATS[6], FORMATS[-6], FORMATS[-3], FORMATS[-2]]
 
 
 def make_group(fmt, dtype, shapes):
@@ -175,8 +176,18 @@ def test_group_of_fused_members_is_one_matrix():
     assert_equal_bits(out.view(96, 256), torch.cat(expected))
 
 
+def test_merged_weights_with_nested_offsets_of_their_own():
+    members = [quantized(FORMATS[2], shape) for shape in ((64, 1024), (16, 1024))]
+    merged, tensors = merge([kind for kind, _ in members], [tuple(parts) for _, parts in members])
+    for dtype in DTYPES:
+        expected = torch.cat([bits(kind.dequantize(parts, dtype)) for kind, parts in members])
+        assert torch.equal(bits(merged.dequantize(tensors, dtype)), expected)
+        for offset in (0, 1):
+            assert torch.equal(bits(merged.dequantize(on_gpu(tensors, offset), dtype)), expected)
+
+
 def test_group_of_two_formats_is_refused():
-    members = [quantized(FORMATS[0], (16, 64)), quantized(FORMATS[4], (16, 64))]
+    members = [quantized(FORMATS[0], (16, 64)), quantized(FORMATS[6], (16, 64))]
     with pytest.raises(ValueError, match="one format"):
         DequantizeGroup([kind for kind, _ in members], [on_gpu(parts) for _, parts in members], torch.bfloat16)
 

@@ -53,6 +53,7 @@ def test_what_is_saved_loads_everywhere(artifact, kind, tmp_path):
         expected = model(IDS).logits
         assert torch.equal(load_model(tmp_path)(IDS).logits, expected)
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+        again.train()  # bitsandbytes' kernel for inference on CPUs rounds absmax
         torch.testing.assert_close(again(IDS).logits, expected)
 
 

@@ -9,7 +9,7 @@ from surogate_formats.nf4 import NF4
 from surogate_formats.nvfp4 import NVFP4
 
 FORMATS = [
-    *(NF4(block, double) for block, double in product((64, 128), ("none", "affine"))),
+    *(NF4(block, double) for block, double in product((64, 128), ("none", "affine", "dynamic"))),
     *(
         NVFP4(two_d, four_over_six, metric, rule)
         for two_d, four_over_six, metric, rule in product(
@@ -17,6 +17,7 @@ FORMATS = [
         )
         if four_over_six or metric == "mse"
     ),
+    *(NVFP4(False, False, "mse", rule, "multiply") for rule in ("pow2", "amax")),
     *(FP8(scaling, dtype) for scaling, dtype in product(("tensor", "channel", "block"), ("float32", "bfloat16"))),
 ]
 

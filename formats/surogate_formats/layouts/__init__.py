@@ -7,46 +7,66 @@ from typing import Any
 
 from surogate_formats.errors import UsageError
 from surogate_formats.format import Format
+from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
 from surogate_formats.layouts.compressed_tensors import CompressedTensorsLayout
 from surogate_formats.layouts.hf_fp8 import HfFp8Layout
 from surogate_formats.layouts.layout import (
     Layout,
     LayoutRefusesError,
+    RecodingLayout,
+    SidecarLayout,
     StoredTensor,
     UnreadableConfigError,
     pack,
+    stored_arrays,
     stored_tensors,
     unpack,
 )
+from surogate_formats.layouts.modelopt import ModelOptLayout
 from surogate_formats.layouts.surogate import SurogateLayout
 from surogate_formats.registry import make_format
 
 __all__ = [
+    "FOR_EXPERTS",
     "LAYOUTS",
     "Layout",
     "LayoutRefusesError",
+    "RecodingLayout",
+    "SidecarLayout",
     "StoredTensor",
     "UnreadableConfigError",
     "layout_of_config",
     "pack",
     "settle",
+    "stored_arrays",
     "stored_tensors",
     "unpack",
 ]
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (SurogateLayout(), CompressedTensorsLayout(), HfFp8Layout())
+    layout.name: layout
+    for layout in (SurogateLayout(), CompressedTensorsLayout(), HfFp8Layout(), BitsandbytesLayout(), ModelOptLayout())
 }
 """Layouts by the name that `--layout` takes; the first that accepts a format is its default."""
 
-QUANT_METHODS = {"surogate": "surogate", "compressed-tensors": "compressed-tensors", "fp8": "hf-fp8"}
+QUANT_METHODS = {
+    "surogate": "surogate",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "hf-fp8",
+    "bitsandbytes": "bitsandbytes",
+    "modelopt": "modelopt",
+}
 """The layout that each `quant_method` of config.json stands for."""
+
+FOR_EXPERTS = {"fp4": "modelopt"}
+"""Format name to the default layout where experts are quantized: no reader of these takes them wrongly."""
 
 
 def settle(name: str, parameters: Mapping[str, Any], layout: str | None = None) -> tuple[Format, Layout]:
     """The format with these parameters in the layout of that name, by default in the first layout that takes it.
 
-    A layout may fix parameters that its readers need (`Layout.fixed`).
+    A layout may fix parameters that its readers need (`Layout.fixed`). A parameter given as None is as good as not
+    given: it takes the layout's value, or the format's default.
 
     Raises:
         LayoutRefusesError: the layout can't store this format; the message says why.
@@ -54,10 +74,12 @@ def settle(name: str, parameters: Mapping[str, Any], layout: str | None = None) 
     """
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    make_format(name, dict(parameters))
+    given = {key: value for key, value in parameters.items() if value is not None}
+    defaults = vars(make_format(name, {}))
+    make_format(name, {key: value if key in given else defaults.get(key) for key, value in parameters.items()})
     refusals = []
     for candidate in LAYOUTS.values() if layout is None else (LAYOUTS[layout],):
-        fmt = make_format(name, {**candidate.fixed.get(name, {}), **parameters})
+        fmt = make_format(name, {**candidate.fixed.get(name, {}), **given})
         refusal = candidate.refusal(fmt)
         if refusal is None:
             return fmt, candidate

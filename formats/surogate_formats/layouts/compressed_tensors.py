@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from surogate_formats.format import Format, Shape
-from surogate_formats.fp8 import FP8
+from surogate_formats.fp8 import FP8, TILE
 from surogate_formats.layouts.layout import Config, UnreadableConfigError, expect, module_names
 from surogate_formats.nvfp4 import BLOCK, NVFP4
 
@@ -44,6 +44,7 @@ class CompressedTensorsLayout:
         "fp8": "plain transformers rounds the scales to the model's dtype, which float16 holds less exactly",
     }
     way_out: ClassVar[dict[str, str]] = {}
+    reader_warnings: ClassVar[dict[str, str]] = {}
 
     def refusal(self, fmt: Format) -> str | None:
         """FP8 tiles load in neither transformers' nor vLLM's weight-only path; scales must be exact in bfloat16."""
@@ -53,6 +54,8 @@ class CompressedTensorsLayout:
             return "vLLM fails on weight-only FP8 tiles in compressed-tensors: use `layout='hf-fp8'`"
         if isinstance(fmt, FP8) and fmt.scale_dtype != "bfloat16":
             return "transformers rounds these FP8 scales to the model's dtype: `scale_dtype` must be bfloat16"
+        if isinstance(fmt, NVFP4) and fmt.step != "divide":
+            return "compressed-tensors stores a global scale that divides: `step` must be divide"
         return None
 
     def keep_reason(self, fmt: Format, shape: Shape) -> str | None:
@@ -83,20 +86,27 @@ class CompressedTensorsLayout:
         }
 
     def parse_config(self, config: Config) -> tuple[Format, list[str]]:
-        """Reads one weight-only group over all linears; anything else is refused by name."""
-        expect(config, "quantization_status", "compressed")
-        packing = expect(config, "format", "float-quantized", "nvfp4-pack-quantized")
+        """Reads one group of weights; how its activations are quantized is passed over.
+
+        FP8 tiles are read, though not written, and the dtype of FP8 scales stands in the files alone.
+        """
+        expect(config, "quantization_status", "compressed", "frozen")
         groups = config.get("config_groups")
         group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
         if not isinstance(group, dict):
             raise UnreadableConfigError("quantization_config: config_groups must hold exactly one group")
-        if group.get("targets") != ["Linear"] or group.get("input_activations"):
-            raise UnreadableConfigError("quantization_config: only weight-only groups over Linear can be read")
         weights = group.get("weights")
         if not isinstance(weights, dict):
             raise UnreadableConfigError("quantization_config: the group doesn't say what weights are")
+        packing = expect(config, "format", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
+        expect(weights, "type", "float")
         kept = module_names(config, "ignore")
         if packing == "nvfp4-pack-quantized":
+            expect(weights, "num_bits", 4)
             expect(weights, "group_size", BLOCK)
             return NVFP4(), kept
-        return FP8(scaling=expect(weights, "strategy", "tensor", "channel"), scale_dtype="bfloat16"), kept
+        expect(weights, "num_bits", 8)
+        scaling = expect(weights, "strategy", "tensor", "channel", "block")
+        if scaling == "block":
+            expect(weights, "block_structure", [TILE, TILE])
+        return FP8(scaling, "bfloat16"), kept

@@ -22,6 +22,7 @@ class HfFp8Layout:
     }
     dtype_warnings: ClassVar[dict[str, str]] = {}
     way_out: ClassVar[dict[str, str]] = {"fp8": "`scaling='channel'` takes every shape"}
+    reader_warnings: ClassVar[dict[str, str]] = {}
 
     def refusal(self, fmt: Format) -> str | None:
         """Only tiles: vLLM doesn't know the other scalings under these names."""
@@ -48,6 +49,9 @@ class HfFp8Layout:
         }
 
     def parse_config(self, config: Config) -> tuple[Format, list[str]]:
-        """Reads 128x128 tiles; other tile sizes are refused by name."""
-        expect(config, "weight_block_size", [TILE, TILE])
-        return FP8(scaling="block"), module_names(config, "modules_to_not_convert")
+        """Reads 128x128 tiles and, though they aren't written, scales by tensor; other tiles are refused by name.
+
+        The dtype of the scales stands in the files alone.
+        """
+        block = expect({"weight_block_size": "missing", **config}, "weight_block_size", [TILE, TILE], None)
+        return FP8("block" if block else "tensor"), module_names(config, "modules_to_not_convert")

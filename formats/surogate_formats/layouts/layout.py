@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from surogate_formats.errors import ArtifactError, UsageError
 from surogate_formats.format import Format, Parts, Shape, TensorSpec
@@ -25,7 +25,7 @@ class Layout(Protocol):
 
     name: ClassVar[str]
     suffixes: ClassVar[dict[str, dict[str, str]]]
-    """Format name to part name to the ending of its tensor's name."""
+    """Format name to part name to the ending of its tensor's name (of each stored tensor, in a `RecodingLayout`)."""
 
     fixed: ClassVar[dict[str, dict[str, Any]]]
     """Format name to the parameters that the layout's readers need, unless the user sets others."""
@@ -35,6 +35,9 @@ class Layout(Protocol):
 
     dtype_warnings: ClassVar[dict[str, str]]
     """Format name to what its readers get wrong about models that aren't in bfloat16."""
+
+    reader_warnings: ClassVar[dict[str, str]]
+    """Format name to what its readers get wrong, or guess, whatever the model."""
 
     way_out: ClassVar[dict[str, str]]
     """Format name to what takes weights of the shapes that `keep_reason` refuses."""
@@ -60,6 +63,36 @@ class Layout(Protocol):
         ...
 
 
+@runtime_checkable
+class RecodingLayout(Protocol):
+    """A layout that stores something else than the format's parts as they are: constants, another shape, a reciprocal.
+
+    Layouts without these methods store each part under its own name. Shapes and dtypes of what is stored follow from
+    the weight's shape alone: files are laid out before a value is known.
+    """
+
+    def stored_specs(self, fmt: Format, shape: Shape) -> dict[str, TensorSpec]:
+        """Dtype and shape of every stored tensor, by the keys of `Layout.suffixes`."""
+        ...
+
+    def store(self, fmt: Format, parts: Parts, shape: Shape, dtype: str) -> Parts:
+        """The stored arrays of a weight whose source is of a safetensors dtype."""
+        ...
+
+    def restore(self, fmt: Format, stored: Parts, shape: Shape) -> Parts:
+        """The inverse of `store`; `ArtifactError` if the arrays are none that it gives."""
+        ...
+
+
+@runtime_checkable
+class SidecarLayout(Protocol):
+    """A layout whose readers want files of their own beside config.json."""
+
+    def sidecars(self, config: Config) -> dict[str, Config]:
+        """Name to JSON content of each such file; `config` is the `quantization_config`."""
+        ...
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a part stands on disk."""
@@ -71,29 +104,42 @@ class StoredTensor:
 def stored_tensors(layout: Layout, fmt: Format, module: str, shape: Shape) -> dict[str, StoredTensor]:
     """Part name to stored tensor for the weight [N, K] of `module` (full name without `.weight`)."""
     suffixes = layout.suffixes[fmt.name]
-    return {part: StoredTensor(f"{module}.{suffixes[part]}", spec) for part, spec in fmt.part_specs(shape).items()}
+    specs = layout.stored_specs(fmt, shape) if isinstance(layout, RecodingLayout) else fmt.part_specs(shape)
+    return {part: StoredTensor(f"{module}.{suffixes[part]}", spec) for part, spec in specs.items()}
 
 
-def pack(layout: Layout, fmt: Format, module: str, parts: Parts) -> Parts:
+def stored_arrays(layout: Layout, fmt: Format, parts: Parts, shape: Shape, dtype: str) -> Parts:
+    """The arrays of `stored_tensors`, by the same keys, for a weight whose source is of a safetensors dtype."""
+    return layout.store(fmt, parts, shape, dtype) if isinstance(layout, RecodingLayout) else parts
+
+
+def pack(layout: Layout, fmt: Format, module: str, parts: Parts, shape: Shape, dtype: str = "BF16") -> Parts:
     """Parts by their names on disk."""
     suffixes = layout.suffixes[fmt.name]
-    return {f"{module}.{suffixes[part]}": array for part, array in parts.items()}
+    stored = stored_arrays(layout, fmt, parts, shape, dtype)
+    return {f"{module}.{suffixes[part]}": array for part, array in stored.items()}
 
 
 def unpack(layout: Layout, fmt: Format, module: str, tensors: Parts, shape: Shape) -> Parts:
     """The inverse of `pack`: takes the module's tensors out of `tensors` (which may hold others).
 
     Raises:
-        ArtifactError: a part is missing, or has another dtype or shape than the format gives it.
+        ArtifactError: a part is missing, has another dtype or shape than the format gives it, or isn't what the layout
+            stores.
     """
-    parts: Parts = {}
+    found: Parts = {}
     for part, stored in stored_tensors(layout, fmt, module, shape).items():
         array = tensors.get(stored.name)
         if array is None:
             raise ArtifactError(f"{stored.name} is missing: {module} can't be dequantized without it")
         check_stored(stored, array)
-        parts[part] = array
-    return parts
+        found[part] = array
+    if not isinstance(layout, RecodingLayout):
+        return found
+    try:
+        return layout.restore(fmt, found, shape)
+    except ArtifactError as error:
+        raise ArtifactError(f"{module}: {error}") from error
 
 
 def check_stored(stored: StoredTensor, array: Any) -> None:

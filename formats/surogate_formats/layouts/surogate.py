@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from surogate_formats.errors import UsageError
 from surogate_formats.format import Format, Shape, to_dict
 from surogate_formats.layouts.layout import Config, UnreadableConfigError, expect, module_names
+from surogate_formats.nf4 import NF4
 from surogate_formats.registry import make_format
 
 VERSION = 1
@@ -38,10 +39,15 @@ class SurogateLayout:
     }
     dtype_warnings: ClassVar[dict[str, str]] = {}
     way_out: ClassVar[dict[str, str]] = {}
+    reader_warnings: ClassVar[dict[str, str]] = {}
 
     def refusal(self, fmt: Format) -> str | None:
-        """Every NF4 has a place."""
-        return None if fmt.name in self.suffixes else f"{fmt.name} has no layout surogate"
+        """Double quantization as bitsandbytes does it has a place among its own names only."""
+        if not isinstance(fmt, NF4):
+            return f"{fmt.name} has no layout surogate"
+        if fmt.double_quant == "dynamic":
+            return "dynamic double quantization is bitsandbytes': use `layout='bitsandbytes'`"
+        return None
 
     def keep_reason(self, fmt: Format, shape: Shape) -> str | None:
         """No shape is a problem to our own reader."""

@@ -44,7 +44,7 @@ def _nvfp4(job: Job, fmt: NVFP4, amax: np.float32) -> Known:
     packed = layouts.NVFP4.pack(rows, across, *choice, job.address["codes"], job.address["scale"])
     threads = -(-rows // height) * height * across
     job.quantize("nvfp4_2d" if fmt.two_d else "nvfp4_1d", -(-threads // THREADS), THREADS * BLOCK, packed)
-    return {"global_scale": np.array([g], np.float32)}
+    return {"global_scale": fmt.stored_global_scale(g)}
 
 
 def _fp8(job: Job, fmt: FP8, amax: np.float32) -> Known:
@@ -96,7 +96,13 @@ QUANTIZERS = {
     "nf4": Quantizer("nf4", {"block_size": (64, 128), "double_quant": ("none", "affine")}, _nf4),
     "fp4": Quantizer(
         "nvfp4",
-        {"two_d": _EITHER, "four_over_six": _EITHER, "metric": tuple(METRICS), "global_scale": ("pow2", "amax")},
+        {
+            "two_d": _EITHER,
+            "four_over_six": _EITHER,
+            "metric": tuple(METRICS),
+            "global_scale": ("pow2", "amax"),
+            "step": ("divide", "multiply"),
+        },
         _nvfp4,
     ),
     "fp8": Quantizer("fp8", {"scaling": ("tensor", "channel", "block"), "scale_dtype": ("float32", "bfloat16")}, _fp8),

@@ -15,18 +15,23 @@ from surogate_formats.nf4 import ABSMAX_FLOOR, BLOCKS_PER_GROUP
 from surogate_formats.tables import NF4_CODEBOOK, NF4_MIDPOINTS
 from surogate_quantize.kernels.compiling import inner, kernel
 from surogate_quantize.kernels.errors import count_units, in_units, magnitude_bits, sum_of_squares
-from surogate_quantize.kernels.source import largest_of_each, magnitudes, spread, widen
+from surogate_quantize.kernels.nf4_absmax import group_absmax, nest_absmax, quantize_absmax
+from surogate_quantize.kernels.source import spread, widen
 
 CHUNK = 1024
 """Values that are worked on together; block sizes divide it."""
 
 _T1, _T3, _T5, _T7, _T9, _T11, _T13 = map(np.float32, NF4_MIDPOINTS[1::2])
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8, _C9, _C10, _C11, _C12, _C13, _C14, _C15 = map(np.float32, NF4_CODEBOOK)
-_ZERO, _HALF, _ONE, _TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
+_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _A0, _A1, _A3 = np.float32(7.75), np.float32(11.36), np.float32(3.86)
 """A cubic, 0.1 to 0.9 above the code at each of the 16 values: cheaper than putting the code together from bits."""
 
-_STEPS, _LIMIT, _NO_SIGN = np.float32(254), np.float32(127), np.int32(0)
+_NO_SIGN = np.int32(0)
+
+_NONE, _AFFINE, _DYNAMIC = 0, 1, 2
+DOUBLE_QUANT = {"none": _NONE, "affine": _AFFINE, "dynamic": _DYNAMIC}
+"""The format's double quantization as kernels get it."""
 
 
 @inner
@@ -80,23 +85,6 @@ def _codes(values: NDArray[np.float32], codes: NDArray[np.uint8]) -> None:
 
 
 @inner
-def _quantize_absmax(absmax: NDArray[np.float32], stored: NDArray[np.uint8]) -> tuple[np.float32, np.float32]:
-    """Double quantization of one group in place: `absmax` becomes what the reader will restore."""
-    low = high = absmax[0]
-    for b in range(absmax.size):
-        low, high = min(low, absmax[b]), max(high, absmax[b])
-    offset = low / _TWO + high / _TWO
-    scale = (high - low) / _STEPS
-    divisor = _ONE if scale == _ZERO else scale
-    limit = _ZERO if scale == _ZERO else _LIMIT
-    for b in range(absmax.size):
-        step = min(max(np.rint((absmax[b] - offset) / divisor), -limit), limit)
-        stored[b] = np.uint8(np.int32(step) + 128)
-        absmax[b] = max(step * scale + offset, _ZERO)
-    return scale, offset
-
-
-@inner
 def _inverses(absmax: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """What to multiply a block's values by. 0 where absmax is: every value then gets code 7."""
     for b in range(absmax.size):
@@ -117,7 +105,7 @@ def quantize_nf4(
     kind: int,
     mask: Any,
     block: int,
-    double: bool,
+    double: int,
     unit: np.float32,
     codes: NDArray[np.uint8],
     absmax_q: NDArray[np.uint8],
@@ -127,7 +115,8 @@ def quantize_nf4(
 ) -> tuple[int, int, int]:
     """Quantizes a flat piece `raw` that starts a group; the output arrays are the piece's own slices.
 
-    With `double`, `absmax_q`, `scale` and `offset` are written, else `absmax_f`.
+    `double` is one of `DOUBLE_QUANT`. With `affine` `absmax_q`, `scale` and `offset` are written; with `dynamic`
+    `absmax_q` and, as `scale`, the nested absmax, while `offset` [1] is given; without `absmax_f`.
 
     Returns:
         Squared error and squared sum in units, and the bits of the largest error (see `errors`).
@@ -142,19 +131,16 @@ def quantize_nf4(
     for group in range((raw.size + span - 1) // span):
         part = raw[group * span : (group + 1) * span]
         blocks = (part.size + block - 1) // block
-        if part.size == span:
-            largest_of_each(part, mask, block, bits[1], absmax_bits)
-        else:
-            magnitudes(part, mask, bits[0])
-            largest_of_each(bits[0], mask, block, bits[1], absmax_bits)
-        widen(absmax_bits, kind, absmax)
+        group_absmax(part, kind, mask, block, bits, absmax_bits, absmax)
         first = group * BLOCKS_PER_GROUP
-        if double:
-            scale[group], offset[group] = _quantize_absmax(absmax[:blocks], absmax_q[first : first + blocks])
-        else:
+        if double == _AFFINE:
+            scale[group], offset[group] = quantize_absmax(absmax[:blocks], absmax_q[first : first + blocks])
+        _inverses(absmax, inverse)
+        if double == _DYNAMIC:
+            scale[group] = nest_absmax(absmax[:blocks], offset[0], absmax_q[first : first + blocks])
+        elif double == _NONE:
             for b in range(blocks):
                 absmax_f[first + b] = absmax[b]
-        _inverses(absmax, inverse)
         for start in range(0, part.size, CHUNK):
             count = min(CHUNK, part.size - start)
             b = start // block

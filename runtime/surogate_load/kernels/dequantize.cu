@@ -17,17 +17,17 @@ constexpr u32 ALL = 0xFFFFFFFFu;
 struct Weight {
     const u8* codes;
     const u8* scale;         // absmax; block scales; scales
-    const float* scale_2;    // absmax_scale; global scale
-    const float* offset;     // absmax_offset
+    const float* scale_2;    // absmax_scale; nested absmax; global scale
+    const float* offset;     // absmax_offset; nested offset
     const float* multiplier; // null: 1
     i64 out;                 // bytes from the launch's output
     i64 count;               // values
     i64 columns;
     u32 first_tile;          // of the group's
-    u32 option;              // NF4: log2 of the block size; FP8: what shares a scale
+    u32 option;              // NF4: log2 of the block size; NVFP4: the global scale multiplies; FP8: what shares a scale
     u32 scale_is_bfloat16;
     u32 aligned;             // `span` may be used
-    u32 rows_per_step;       // LANES chunks further on: that many rows
+    u32 rows_per_step;       // LANES chunks further on: that many rows; NF4: 1 where each group has a nested offset
     u32 chunks_per_step;     // and that many chunks
 };
 

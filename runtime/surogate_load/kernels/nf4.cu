@@ -16,6 +16,19 @@ struct AffineAbsmax {
     }
 };
 
+// In global memory, since the lanes of a warp read different entries: it stays in the first cache.
+__device__ const float dynamic_map[256] = DYNAMIC_MAP;
+
+// map[q] * nested absmax + offset, each operation rounded; a nested absmax for BLOCKS_PER_GROUP blocks, and an offset
+// for the weight, or in merged weights for the group.
+struct DynamicAbsmax {
+    __device__ static float of(const Weight& weight, i64 block) {
+        i64 group = block / BLOCKS_PER_GROUP;
+        float value = __ldg(dynamic_map + __ldg(weight.scale + block)), nested = __ldg(weight.scale_2 + group);
+        return add(multiply(value, nested), __ldg(weight.offset + group * weight.rows_per_step));
+    }
+};
+
 template <class Absmax>
 struct Nf4 {
     __device__ static float at(const Weight& weight, i64 i) {
@@ -43,3 +56,4 @@ struct Nf4 {
 
 KERNELS(nf4, Nf4<PlainAbsmax>)
 KERNELS(nf4_affine, Nf4<AffineAbsmax>)
+KERNELS(nf4_dynamic, Nf4<DynamicAbsmax>)

@@ -1,5 +1,5 @@
-// NVFP4: e2m1[code] * (scale / global scale), value 2i in the low nibble. K is a multiple of 16, so the blocks of the
-// flattened weight are those of its rows.
+// NVFP4: e2m1[code] * step, the step being scale / global scale, or with the option set their product; value 2i in the
+// low nibble. K is a multiple of 16, so the blocks of the flattened weight are those of its rows.
 
 __constant__ float e2m1[16] = E2M1_VALUES;
 
@@ -10,7 +10,8 @@ struct Nvfp4 {
 
     // scale / global scale. Where the divisor is a power of two, which is the default, its reciprocal is exact, and a
     // product with it is rounded as the quotient is.
-    __device__ static float step(u8 scale, float global_scale) {
+    __device__ static float step(u8 scale, float global_scale, bool multiplies) {
+        if (multiplies) return multiply(from_e4m3(scale), global_scale);
         u32 exponent = bits_of(global_scale) >> 23;
         bool power_of_two = (bits_of(global_scale) & 0x7FFFFFu) == 0 && exponent > 0 && exponent < 254;
         if (power_of_two) return multiply(from_e4m3(scale), __uint_as_float((254 - exponent) << 23));
@@ -19,7 +20,7 @@ struct Nvfp4 {
 
     __device__ static float at(const Weight& weight, i64 i) {
         u32 code = weight.codes[i / 2] >> (i % 2 ? 4 : 0) & 15u;
-        return multiply(e2m1[code], step(__ldg(weight.scale + i / BLOCK), __ldg(weight.scale_2)));
+        return multiply(e2m1[code], step(__ldg(weight.scale + i / BLOCK), __ldg(weight.scale_2), weight.option));
     }
 
     // Lane j holds the steps of the span's blocks j, j + 32, ...: those of one chunk stand in one register.
@@ -32,7 +33,7 @@ struct Nvfp4 {
         for (int s = 0; s < SCALES; ++s) scales[s] = __ldg(weight.scale + first / BLOCK + s * LANES + lane);
         float global_scale = __ldg(weight.scale_2), steps[SCALES];
 #pragma unroll
-        for (int s = 0; s < SCALES; ++s) steps[s] = step(scales[s], global_scale);
+        for (int s = 0; s < SCALES; ++s) steps[s] = step(scales[s], global_scale, weight.option);
         float table = e2m1[lane % 16];
 #pragma unroll
         for (int u = 0; u < CHUNKS; ++u) {

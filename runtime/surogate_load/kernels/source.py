@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
+from surogate_formats.dynamic_absmax import DYNAMIC_MAP
 from surogate_formats.fp8 import TILE
 from surogate_formats.nf4 import BLOCKS_PER_GROUP
 from surogate_formats.nvfp4 import BLOCK, LARGEST_GLOBAL_SCALE
@@ -137,6 +138,7 @@ def _constants() -> dict[str, str]:
         "CHUNKS": str(CHUNKS),
         "WARPS": str(WARPS),
         "NF4_CODEBOOK": _floats(NF4_CODEBOOK),
+        "DYNAMIC_MAP": _floats(DYNAMIC_MAP),
         "BLOCKS_PER_GROUP": str(BLOCKS_PER_GROUP),
         "E2M1_VALUES": _floats(E2M1_VALUES),
         "E4M3_MAX": _float(float(E4M3_MAX)),

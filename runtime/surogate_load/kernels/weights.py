@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,10 @@ class Described(NamedTuple):
         return WEIGHT.pack(*addresses, out, rows * columns, columns, first_tile, *self.options)
 
 
+NF4_KERNELS = {"none": "nf4", "affine": "nf4_affine", "dynamic": "nf4_dynamic"}
+"""NF4's double quantization to the kernel that reverses it."""
+
+
 def _tiles(shape: tuple[int, int]) -> int:
     return -(-shape[0] * shape[1] // TILE_VALUES)
 
@@ -58,24 +63,25 @@ def describe_nf4(
     rows: int,
     columns: int,
     block_size: int,
+    double_quant: str,
     multiplier: Tensor | None,
 ) -> Described:
     """The arguments of `dequantize_nf4`."""
     codes, shape = codes.contiguous(), (rows, columns)
-    options = (block_size.bit_length() - 1, 0, codes.data_ptr() % 4 == 0, 0, 0)
-    keep: tuple[Tensor | None, ...]
-    if absmax_scale is None or absmax_offset is None:
-        keep = (codes, absmax.contiguous(), None, None, multiplier)
-        return Described("nf4", shape, _tiles(shape), keep, options)
-    keep = (codes, absmax.contiguous(), absmax_scale.contiguous(), absmax_offset.contiguous(), multiplier)
-    return Described("nf4_affine", shape, _tiles(shape), keep, options)
+    offset_a_group = absmax_offset is not None and absmax_offset.numel() > 1
+    options = (block_size.bit_length() - 1, 0, codes.data_ptr() % 4 == 0, offset_a_group, 0)
+    companions = (None if part is None else part.contiguous() for part in (absmax, absmax_scale, absmax_offset))
+    keep = (codes, *companions, multiplier)
+    return Described(NF4_KERNELS[double_quant], shape, _tiles(shape), keep, options)
 
 
-def describe_nvfp4(codes: Tensor, scale: Tensor, global_scale: Tensor, multiplier: Tensor | None) -> Described:
-    """The arguments of `dequantize_nvfp4`."""
+def describe_nvfp4(
+    codes: Tensor, scale: Tensor, global_scale: Tensor, multiplier: Tensor | None, multiplies: bool = False
+) -> Described:
+    """The arguments of `dequantize_nvfp4`; with `multiplies` those of `dequantize_nvfp4_multiplied`."""
     codes, shape = codes.contiguous(), (codes.shape[0], 2 * codes.shape[1])
     keep = (codes, scale.contiguous(), global_scale, None, multiplier)
-    return Described("nvfp4", shape, _tiles(shape), keep, (0, 0, codes.data_ptr() % 4 == 0, 0, 0))
+    return Described("nvfp4", shape, _tiles(shape), keep, (multiplies, 0, codes.data_ptr() % 4 == 0, 0, 0))
 
 
 def describe_fp8(codes: Tensor, scale: Tensor, scaling: str, multiplier: Tensor | None) -> Described:
@@ -93,6 +99,7 @@ def describe_fp8(codes: Tensor, scale: Tensor, scaling: str, multiplier: Tensor 
 DESCRIBE: dict[str, Callable[..., Described]] = {
     "dequantize_nf4": describe_nf4,
     "dequantize_nvfp4": describe_nvfp4,
+    "dequantize_nvfp4_multiplied": partial(describe_nvfp4, multiplies=True),
     "dequantize_fp8": describe_fp8,
 }
 """Op name to what describes its arguments, all but the result's dtype."""

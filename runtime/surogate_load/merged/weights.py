@@ -49,7 +49,10 @@ def _nf4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None:
     unit = fmt.block_size * (1 if fmt.double_quant == "none" else BLOCKS_PER_GROUP)
     if any(kind.shape[0] * kind.shape[1] % unit for kind in kinds):
         return None
-    return WeightKind(fmt, _shape(kinds)), tuple(_below(parts, index) for index in range(len(parts[0])))
+    merged = tuple(_below(parts, index) for index in range(len(parts[0])))
+    if fmt.double_quant == "dynamic":  # a nested offset is a member's own: each of its groups gets it
+        merged = (*merged[:-1], torch.cat([offset.expand(len(nested)) for *_, nested, offset in parts]))
+    return WeightKind(fmt, _shape(kinds)), merged
 
 
 def _nvfp4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surogate_formats.dynamic_absmax import DYNAMIC_MAP
 from surogate_formats.fp8 import TILE
 from surogate_formats.nf4 import BLOCKS_PER_GROUP
 from surogate_formats.nvfp4 import BLOCK
@@ -57,13 +58,24 @@ def _gather(table: Tensor, codes: Tensor) -> Tensor:
     return table.index_select(0, codes.reshape(-1).int()).view(torch.float32)
 
 
-def block_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
-    """float32 [nb]: max(0, fl(fl((q - 128) * scale) + offset)), or the stored absmax without double quantization."""
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """float32 [256]: the value of each code of dynamic double quantization."""
+    return torch.from_numpy(DYNAMIC_MAP).to(device)
+
+
+def block_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None, double_quant: str) -> Tensor:
+    """float32 [nb], as `surogate_formats.nf4.block_absmax`; `scale` and `offset` are the parts after absmax.
+
+    In merged weights every group has a nested offset.
+    """
     if scale is None or offset is None:
         return absmax
-    steps = absmax.float() - 128
-    group = torch.arange(steps.numel(), device=steps.device) // BLOCKS_PER_GROUP
-    return (steps * scale[group] + offset[group]).clamp(min=0)
+    group = torch.arange(absmax.numel(), device=absmax.device) // BLOCKS_PER_GROUP
+    if double_quant == "dynamic":
+        values = _gather(_dynamic_map(absmax.device), absmax).mul_(scale[group])
+        return values.add_(offset[group] if len(offset) > 1 else offset)
+    return ((absmax.float() - 128) * scale[group] + offset[group]).clamp(min=0)
 
 
 def _nf4(
@@ -74,13 +86,14 @@ def _nf4(
     rows: int,
     columns: int,
     block_size: int,
+    double_quant: str,
     dtype: torch.dtype,
     multiplier: Tensor | None,
 ) -> Tensor:
     n = rows * columns
     out = torch.empty(n, dtype=dtype, device=codes.device)
     table, flat = _pair_table(True, codes.device), codes.reshape(-1)
-    scales = block_absmax(absmax, absmax_scale, absmax_offset)
+    scales = block_absmax(absmax, absmax_scale, absmax_offset, double_quant)
     for start in range(0, n, PIECE):
         stop = min(start + PIECE, n)
         values = _gather(table, flat[start // 2 : -(-stop // 2)])[: stop - start]
@@ -92,18 +105,34 @@ def _nf4(
 
 
 def _nf4_fake(codes: Tensor, *rest: Any) -> Tensor:
-    rows, columns, _, dtype, _ = rest[-5:]
+    rows, columns, _, _, dtype, _ = rest[-6:]
     return codes.new_empty((rows, columns), dtype=dtype)
 
 
 def _nvfp4(codes: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dtype, multiplier: Tensor | None) -> Tensor:
+    return _from_steps(codes, scale, lambda scales: scales / global_scale, dtype, multiplier)
+
+
+def _nvfp4_multiplied(
+    codes: Tensor, scale: Tensor, scale_2: Tensor, dtype: torch.dtype, multiplier: Tensor | None
+) -> Tensor:
+    return _from_steps(codes, scale, lambda scales: scales * scale_2, dtype, multiplier)
+
+
+def _from_steps(
+    codes: Tensor,
+    scale: Tensor,
+    to_step: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    multiplier: Tensor | None,
+) -> Tensor:
     rows, half = codes.shape
     out = torch.empty((rows, 2 * half), dtype=dtype, device=codes.device)
     table, steps = _pair_table(False, codes.device), _e4m3_table(codes.device)
     height = max(1, PIECE // max(1, 2 * half))
     for start in range(0, rows, height):
         stop = min(start + height, rows)
-        step = _gather(steps, scale[start:stop].view(torch.uint8)) / global_scale
+        step = to_step(_gather(steps, scale[start:stop].view(torch.uint8)))
         values = _gather(table, codes[start:stop]).view(-1, BLOCK)
         _write(out[start:stop], values.mul_(step[:, None]), multiplier)
     return out
@@ -151,9 +180,13 @@ def _define_pair(name: str, arguments: str, kernel: Callable[..., Tensor], fake:
 
 _define_pair(
     "dequantize_nf4",
-    "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int rows, int columns, int block_size",
+    "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int rows, int columns, int block_size, "
+    "str double_quant",
     _nf4,
     _nf4_fake,
 )
 _define_pair("dequantize_nvfp4", "Tensor codes, Tensor scale, Tensor global_scale", _nvfp4, _nvfp4_fake)
+_define_pair(
+    "dequantize_nvfp4_multiplied", "Tensor codes, Tensor scale, Tensor scale_2", _nvfp4_multiplied, _nvfp4_fake
+)
 _define_pair("dequantize_fp8", "Tensor codes, Tensor scale, str scaling", _fp8, _fp8_fake)

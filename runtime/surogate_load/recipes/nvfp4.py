@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from surogate_formats.nvfp4 import NVFP4
 from surogate_formats.recipe import Recipe
 from surogate_load.recipes.fp4_matmul import tensor_core_obstacle
 from surogate_load.recipes.fp4_operand import ActivationRounding, dequantized, quantized_activation, quantized_gradient
@@ -80,19 +81,27 @@ class _TensorCoreProduct(_Fp4Product):
     """The same on tensor cores; the scales of a backward operand of its own are swizzled. Not run on hardware."""
 
     def _forward_product(self, x: Tensor, bias: Tensor | None, state: _State, parts: Sequence[Tensor]) -> Tensor:
-        codes, _, global_scale = parts
+        codes, _, stored_g = parts
+        global_scale = _divisor(self.forward_operand.kind, stored_g)
         rows = quantized_activation(x.reshape(-1, x.shape[-1]), self.activation)
         y: Tensor = torch.ops.surogate.nvfp4_product(*rows, codes, state.swizzled, global_scale, x.dtype)
         y = y if bias is None else y + bias
         return y.reshape(*x.shape[:-1], codes.shape[0])
 
     def _gradient_product(self, gradient: Tensor, state: _State, parts: Sequence[Tensor]) -> Tensor:
-        codes, scale, global_scale = parts
+        codes, scale, stored_g = parts
+        global_scale = _divisor(self.backward_operand.kind, stored_g)
         if not self.backward_operand.transposed:
             codes, scale = torch.ops.surogate.transpose_nvfp4_for_backward(gradient, codes, scale)
         rows = quantized_gradient(gradient.reshape(-1, gradient.shape[-1]), self.stochastic, state.noise)
         dx: Tensor = torch.ops.surogate.nvfp4_product(*rows, codes, scale, global_scale, gradient.dtype)
         return dx.reshape(*gradient.shape[:-1], codes.shape[0])
+
+
+def _divisor(kind: WeightKind, global_scale: Tensor) -> Tensor:
+    """The global scale as a divisor; of a multiplying one that is no power of two the reciprocal, rounded."""
+    fmt = kind.format
+    return global_scale.reciprocal() if isinstance(fmt, NVFP4) and fmt.step == "multiply" else global_scale
 
 
 class Nvfp4(RecipeLayer):

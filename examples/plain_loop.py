@@ -1,0 +1,29 @@
+"""LoRA on a packed base with an ordinary training loop: `python examples/plain_loop.py ARTIFACT TEXT`."""
+
+import sys
+
+import peft
+import torch
+from transformers import AutoTokenizer
+
+import surogate_load
+
+artifact, text = sys.argv[1:3]
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = surogate_load.load_model(artifact, device=device)
+model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+
+tokenizer = AutoTokenizer.from_pretrained(artifact)
+with open(text, encoding="utf-8") as file:
+    ids = tokenizer(file.read(), return_tensors="pt")["input_ids"][0]
+length = min(256, len(ids))
+batches = ids[: len(ids) // length * length].view(-1, 1, length).to(device)
+
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+step = surogate_load.MicroStep(model)  # a CUDA graph where there is a GPU, the plain calls elsewhere
+for number, batch in enumerate(batches[:8]):
+    loss = step(input_ids=batch, labels=batch)
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {number}: loss {loss.item():.3f}")
+model.save_pretrained("adapter")

@@ -1,0 +1,133 @@
+"""Checkpoints that others quantized, in the terms of our own artifacts: there is no manifest, so the headers speak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.checkpoint.directory import Directory
+from surogate_formats.checkpoint.errors import shown
+from surogate_formats.checkpoint.reader import MAX_CONFIG_SIZE
+from surogate_formats.checkpoint.strict_json import parse_object
+from surogate_formats.dtypes import BITS
+from surogate_formats.format import to_dict
+from surogate_formats.layouts import Layout, UnreadableConfigError, layout_of_config
+from surogate_formats.layouts.modelopt import SIDECAR
+from surogate_formats.manifest import Manifest, TensorRecord
+from surogate_formats.packed_weights import ACTIVATION_SCALES, PackedWeights, find_packed_weights
+from surogate_formats.recipe import Recipe
+
+PACKED = "packed by its maker"
+KEPT = "kept by its maker"
+UNUSED = "scales of activations, not used here"
+
+NO_HASH = ""
+"""Stands for the hash of a tensor that nobody recorded."""
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint that others quantized.
+
+    Attributes:
+        config: its `quantization_config`; where ModelOpt's own file alone declares one, what that says.
+        layout: how its parts are named.
+        packed: its packed weights.
+        unused: what it declares about activations and the KV cache, which nobody here follows.
+        manifest: as much of one as the headers tell: there are no hashes and no errors in it.
+    """
+
+    config: dict[str, Any]
+    layout: Layout
+    packed: PackedWeights
+    unused: tuple[str, ...]
+    manifest: Manifest
+
+
+def declared_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The `quantization_config` of a checkpoint, or what stands for one; None if nothing declares it quantized.
+
+    Raises:
+        CheckpointError: the file that should declare it can't be read.
+    """
+    for key in ("quantization_config", "compression_config"):
+        declared = checkpoint.config.get(key)
+        if isinstance(declared, dict) and declared:
+            return declared
+    with Directory(checkpoint.directory) as directory:
+        if SIDECAR not in directory.names:
+            return None
+        found = parse_object(directory.read(SIDECAR, MAX_CONFIG_SIZE), directory.show(SIDECAR), strict=False)
+    inner = found.get("quantization")
+    return {"quant_method": "modelopt", **(inner if isinstance(inner, dict) else found)}
+
+
+def read_foreign(checkpoint: Checkpoint, config: dict[str, Any]) -> Foreign:
+    """What a checkpoint without a manifest holds.
+
+    Args:
+        checkpoint: open.
+        config: what `declared_config` gave.
+
+    Raises:
+        UnreadableConfigError: it is quantized in a way that we don't read; the message names it.
+        UnscaledWeightError, UnreadableWeightError: see `find_packed_weights`.
+    """
+    layout = layout_of_config(config)
+    declared, _ = layout.parse_config(config)
+    packed = find_packed_weights(layout, declared, {name: entry.info for name, entry in checkpoint.tensors.items()})
+    if not packed.modules:
+        raise UnreadableConfigError(
+            f"quantization_config declares {declared.name} in layout {layout.name}, and no tensor is such a weight"
+        )
+    unused = (*_declared_unused(config), *packed.unused)
+    return Foreign(config, layout, packed, unused, _manifest(checkpoint, layout, packed))
+
+
+def _declared_unused(config: Mapping[str, Any]) -> Iterator[str]:
+    groups = config.get("config_groups")
+    entries = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    for key in ("input_activations", "output_activations"):
+        if any(group.get(key) for group in entries):
+            yield key
+    for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
+        if config.get(key):
+            yield key
+    if config.get("activation_scheme") == "static":
+        yield "activation_scheme static"
+
+
+def _manifest(checkpoint: Checkpoint, layout: Layout, packed: PackedWeights) -> Manifest:
+    return Manifest(
+        tool_version="",
+        source=shown(checkpoint.directory.resolve().name),
+        files=checkpoint.files,
+        format=to_dict(packed.format),
+        layout=layout.name,
+        options={},
+        recipe=asdict(Recipe()),
+        lora={},
+        sidecars={},
+        tensors=dict(_records(checkpoint, layout, packed)),
+    )
+
+
+def _records(checkpoint: Checkpoint, layout: Layout, packed: PackedWeights) -> Iterator[tuple[str, TensorRecord]]:
+    suffixes = layout.suffixes[packed.format.name]
+    dtype = _DTYPES.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "BF16")
+    parts: set[str] = set()
+    for module, shape in packed.modules.items():
+        specs = packed.format.part_specs(shape)
+        names = [f"{module}.{suffixes[part]}" for part in specs]
+        bits = 8 * sum(spec.nbytes for spec in specs.values()) / max(shape[0] * shape[1], 1)
+        yield f"{module}.weight", TensorRecord("quantize", PACKED, dtype, shape, bits, dict.fromkeys(names, NO_HASH))
+        parts.update(names)
+    for name, entry in checkpoint.tensors.items():
+        if name not in parts:
+            reason = UNUSED if name.rpartition(".")[2] in ACTIVATION_SCALES else KEPT
+            info = entry.info
+            yield name, TensorRecord("keep", reason, info.dtype, info.shape, float(BITS[info.dtype]), {name: NO_HASH})

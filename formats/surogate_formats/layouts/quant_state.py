@@ -1,0 +1,84 @@
+"""bitsandbytes' quantization state: what it says about a weight in JSON, stored as a tensor of bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from surogate_formats.dynamic_absmax import NESTED_BLOCK
+from surogate_formats.errors import ArtifactError
+from surogate_formats.format import Shape
+from surogate_formats.nf4 import NF4
+
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+SAFETENSORS_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
+"""bitsandbytes' name of a source's dtype, which its readers dequantize to, to that of safetensors."""
+
+_WIDEST = -1.2345678901234567e-308
+"""No float has a longer text."""
+
+
+def state_size(fmt: NF4, shape: Shape) -> int:
+    """Bytes of a weight's quantization state, whatever its source and its values."""
+    return max(len(_text(fmt, shape, dtype, _WIDEST)) for dtype in _DTYPES)
+
+
+def state_bytes(fmt: NF4, shape: Shape, dtype: str, offset: float) -> bytes:
+    """A quantization state in UTF-8, filled up with blanks to `state_size`.
+
+    Args:
+        fmt: block size and double quantization.
+        shape: [N, K].
+        dtype: the source's safetensors dtype.
+        offset: the mean of absmax, which double quantization takes away.
+    """
+    return _text(fmt, shape, dtype, offset).ljust(state_size(fmt, shape)).encode()
+
+
+def _text(fmt: NF4, shape: Shape, dtype: str, offset: float) -> str:
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": fmt.block_size,
+        "dtype": _DTYPES[dtype],
+        "shape": list(shape),
+    }
+    if fmt.double_quant == "dynamic":
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(state)
+
+
+def read_state(data: bytes) -> dict[str, Any]:
+    """Reads a quantization state of NF4 with bitsandbytes' own nesting of absmax, or none.
+
+    Raises:
+        ArtifactError: it is something else.
+    """
+    try:
+        state = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"its quantization state is no JSON ({error})") from error
+    if not isinstance(state, dict) or state.get("quant_type") != "nf4":
+        raise ArtifactError("its quantization state isn't one of nf4")
+    nesting = state.get("nested_blocksize", NESTED_BLOCK), state.get("nested_dtype", "float32")
+    if nesting != (NESTED_BLOCK, "float32"):
+        raise ArtifactError(f"its absmax is nested in blocks of {nesting[0]} {nesting[1]}, not {NESTED_BLOCK} float32")
+    return state
+
+
+def read_shape(state: dict[str, Any]) -> Shape | None:
+    """The [N, K] of a quantization state; None if it has none."""
+    shape = state.get("shape")
+    if isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and side >= 0 for side in shape):
+        return tuple(shape)
+    return None
+
+
+def read_offset(state: dict[str, Any]) -> float:
+    """The mean of absmax in a quantization state; `ArtifactError` if there is none."""
+    offset = state.get("nested_offset")
+    if not isinstance(offset, int | float) or not abs(offset) <= float(np.finfo(np.float32).max):
+        raise ArtifactError("nested_offset of its quantization state is no finite float32")
+    return float(offset)
