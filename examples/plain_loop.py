@@ -1,6 +1,7 @@
 """LoRA on a packed base with an ordinary training loop: `python examples/plain_loop.py ARTIFACT TEXT`."""
 
 import sys
+from pathlib import Path
 
 import peft
 import torch
@@ -14,8 +15,7 @@ model = surogate_load.load_model(artifact, device=device)
 model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
 
 tokenizer = AutoTokenizer.from_pretrained(artifact)
-with open(text, encoding="utf-8") as file:
-    ids = tokenizer(file.read(), return_tensors="pt")["input_ids"][0]
+ids = tokenizer(Path(text).read_text("utf-8"), return_tensors="pt")["input_ids"][0]
 length = min(256, len(ids))
 batches = ids[: len(ids) // length * length].view(-1, 1, length).to(device)
 

@@ -1,6 +1,7 @@
 """The same with TRL's SFTTrainer, which packs the rows: `python examples/sft.py ARTIFACT TEXT`."""
 
 import sys
+from pathlib import Path
 
 import peft
 import torch
@@ -11,8 +12,8 @@ from trl import SFTConfig, SFTTrainer
 import surogate_load
 
 artifact, text = sys.argv[1:3]
-with open(text, encoding="utf-8") as file:
-    rows = Dataset.from_dict({"text": [part for part in file.read().split("\n\n") if part.strip()]})
+parts = Path(text).read_text("utf-8").split("\n\n")
+rows = Dataset.from_dict({"text": [part for part in parts if part.strip()]})
 
 trainer = SFTTrainer(
     model=surogate_load.load_model(artifact, device="cuda" if torch.cuda.is_available() else "cpu"),
@@ -22,6 +23,7 @@ trainer = SFTTrainer(
     args=SFTConfig(
         output_dir="trained",
         max_steps=8,
+        per_device_train_batch_size=1,
         packing=True,
         max_length=256,
         bf16=torch.cuda.is_available(),

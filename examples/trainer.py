@@ -1,6 +1,7 @@
 """The same with transformers' Trainer: `python examples/trainer.py ARTIFACT TEXT`."""
 
 import sys
+from pathlib import Path
 
 import peft
 import torch
@@ -13,8 +14,7 @@ model = surogate_load.load_model(artifact, device="cuda" if torch.cuda.is_availa
 model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 tokenizer = AutoTokenizer.from_pretrained(artifact)
-with open(text, encoding="utf-8") as file:
-    ids = tokenizer(file.read())["input_ids"]
+ids = tokenizer(Path(text).read_text("utf-8"))["input_ids"]
 rows = [{"input_ids": ids[i : i + 256], "labels": ids[i : i + 256]} for i in range(0, len(ids) - 256, 256)]
 
 settings = TrainingArguments(

@@ -1,0 +1,40 @@
+"""The examples, each as a program of its own, on a tiny model with a real tokenizer."""
+
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import peft
+import pytest
+from runtime.artifacts import tiny_llama, write_artifact
+from runtime.layers import KINDS
+
+from surogate_load import load_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def base(smollm2_dir, tmp_path_factory):
+    """An artifact of a tiny model, with SmolLM2's tokenizer."""
+    path = write_artifact(
+        tiny_llama(vocab_size=49152, max_position_embeddings=256), tmp_path_factory.mktemp("base"), KINDS["nf4"]
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2_dir / name, path / name)
+    return path
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "trainer", "sft"])
+def test_an_example_trains_and_saves(base, smollm2_dir, tmp_path, name):
+    if name == "sft" and find_spec("trl") is None:
+        pytest.skip("trl needs Python 3.11")
+    command = [sys.executable, EXAMPLES / f"{name}.py", base, smollm2_dir / "LICENSE"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    model = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
+    trained = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(trained) == 14
+    assert all(parameter.abs().max() > 0 for parameter in trained)
