@@ -1,7 +1,8 @@
 """Trains on packed weights: artifacts of surogate-quantize as modules of torch, transformers and PEFT.
 
 Importing this package imports neither torch nor transformers. It arranges that, as soon as a program imports those,
-transformers loads layout `surogate` through `from_pretrained` and `peft.get_peft_model` knows our layers.
+transformers loads layout `surogate` through `from_pretrained`, `peft.get_peft_model` knows our layers, and `Trainer`
+keeps a recipe's scaling state in its checkpoints.
 """
 
 from __future__ import annotations
@@ -17,9 +18,19 @@ if TYPE_CHECKING:
     from surogate_load.loading import load_model
     from surogate_load.model_recipe import set_recipe
     from surogate_load.recipes.delayed import end_step
+    from surogate_load.recipes.state_file import load_scaling_state, save_scaling_state
     from surogate_load.yaml_config import from_config
 
-__all__ = ["QuantizedLinear", "end_step", "from_config", "load_model", "open_artifact", "set_recipe"]
+__all__ = [
+    "QuantizedLinear",
+    "end_step",
+    "from_config",
+    "load_model",
+    "load_scaling_state",
+    "open_artifact",
+    "save_scaling_state",
+    "set_recipe",
+]
 
 _HOMES = {
     "MicroStep": "step.micro_step",
@@ -28,6 +39,8 @@ _HOMES = {
     "end_step": "recipes.delayed",
     "from_config": "yaml_config",
     "load_model": "loading",
+    "load_scaling_state": "recipes.state_file",
+    "save_scaling_state": "recipes.state_file",
     "open_artifact": "artifact_weights",
     "set_recipe": "model_recipe",
 }
@@ -55,4 +68,13 @@ def _register_adapter_layer() -> None:
 
 
 when_imported("transformers.quantizers.auto", _register_quantizer)
+
+
+def _register_trainer() -> None:
+    from surogate_load.recipes.state_file import register
+
+    register()
+
+
 when_imported("peft.tuners.lora.model", _register_adapter_layer)
+when_imported("transformers.trainer", _register_trainer)

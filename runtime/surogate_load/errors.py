@@ -89,5 +89,9 @@ class UnreadableAdapterError(UsageError):
     """A directory holds no adapter of PEFT's for this model."""
 
 
+class UnreadableStateError(UsageError):
+    """A file of scaling state is damaged, or another model's or recipe's."""
+
+
 class NoTokenizerError(UsageError):
     """An artifact has no tokenizer that can be loaded, or none with a chat template."""
