@@ -10,12 +10,14 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from random_artifact import random_part
 from surogate_formats.layouts import settle
 from surogate_formats.recipe import Recipe
 from surogate_load import set_recipe
@@ -59,8 +61,8 @@ def main() -> None:
 
 def _ours(shape: tuple[int, int], name: str, parameters: dict, recipe: str) -> nn.Module:
     fmt, layout = settle(name, parameters)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    parts = {part: to_torch(array) for part, array in fmt.quantize(weight.numpy()).items()}
+    rng = np.random.default_rng(0)
+    parts = {part: to_torch(random_part(part, spec, rng)) for part, spec in fmt.part_specs(shape).items()}
     layer = QuantizedLinear.from_parts(fmt, layout, parts, shape)
     model = nn.Sequential(layer).cuda()
     set_recipe(model, Recipe(recipe))

@@ -103,7 +103,7 @@ def _packed(model: nn.Module, fmt: Format, layout) -> Iterator[tuple[str, dict[s
             continue
         if module in linears and name.endswith(".weight"):
             stored = stored_tensors(layout, fmt, module, shape)
-            tensors = {each.name: _random_part(part, each.spec, rng) for part, each in stored.items()}
+            tensors = {each.name: random_part(part, each.spec, rng) for part, each in stored.items()}
             bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / parameter.numel()
             record = TensorRecord("quantize", "random", "BF16", shape, bits, dict.fromkeys(tensors, "0" * 64))
         else:
@@ -112,7 +112,8 @@ def _packed(model: nn.Module, fmt: Format, layout) -> Iterator[tuple[str, dict[s
         yield name, tensors, record
 
 
-def _random_part(part: str, spec: TensorSpec, rng: np.random.Generator) -> NDArray:
+def random_part(part: str, spec: TensorSpec, rng: np.random.Generator) -> NDArray:
+    """A part of a packed weight whose values are some hundredths."""
     dtype, size = NUMPY[spec.dtype], int(np.prod(spec.shape))
     if part in ("absmax_scale", "absmax_offset"):
         return np.full(spec.shape, _STD / 254 if part.endswith("scale") else 2 * _STD, dtype)
