@@ -14,6 +14,9 @@ from surogate_load.import_hooks import when_imported
 
 if TYPE_CHECKING:
     from surogate_load.artifact_weights import open_artifact
+    from surogate_load.export.dense import dequantize
+    from surogate_load.export.merging import merge
+    from surogate_load.generation import generate
     from surogate_load.linear import QuantizedLinear
     from surogate_load.loading import load_model
     from surogate_load.model_recipe import set_recipe
@@ -23,10 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QuantizedLinear",
+    "dequantize",
     "end_step",
     "from_config",
+    "generate",
     "load_model",
     "load_scaling_state",
+    "merge",
     "open_artifact",
     "save_scaling_state",
     "set_recipe",
@@ -36,11 +42,14 @@ _HOMES = {
     "MicroStep": "step.micro_step",
     "captured": "step.trainer",
     "QuantizedLinear": "linear",
+    "dequantize": "export.dense",
     "end_step": "recipes.delayed",
     "from_config": "yaml_config",
+    "generate": "generation",
     "load_model": "loading",
     "load_scaling_state": "recipes.state_file",
     "save_scaling_state": "recipes.state_file",
+    "merge": "export.merging",
     "open_artifact": "artifact_weights",
     "set_recipe": "model_recipe",
 }
