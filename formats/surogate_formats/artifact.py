@@ -125,11 +125,7 @@ class Artifact:
         """The parts of a quantized module, as numpy arrays."""
         shape = self._shape(module)
         if self.foreign is not None:
-            suffixes, specs = self.layout.suffixes[self.format.name], self.format.part_specs(shape)
-            return {
-                part: self.checkpoint.read(f"{module}.{suffixes[part]}").reshape(spec.shape)
-                for part, spec in specs.items()
-            }
+            return self.foreign.parts(self.checkpoint, module)
         names = [stored.name for stored in stored_tensors(self.layout, self.format, module, shape).values()]
         return unpack(self.layout, self.format, module, {name: self.checkpoint.read(name) for name in names}, shape)
 

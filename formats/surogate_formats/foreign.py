@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,12 +12,15 @@ from surogate_formats.checkpoint.errors import shown
 from surogate_formats.checkpoint.reader import MAX_CONFIG_SIZE
 from surogate_formats.checkpoint.strict_json import parse_object
 from surogate_formats.dtypes import BITS
-from surogate_formats.format import to_dict
+from surogate_formats.errors import ArtifactError
+from surogate_formats.format import Format, Parts, Shape, to_dict
 from surogate_formats.layouts import Layout, UnreadableConfigError, layout_of_config
+from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
 from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_formats.manifest import Manifest, TensorRecord
 from surogate_formats.packed_weights import ACTIVATION_SCALES, PackedWeights, find_packed_weights
 from surogate_formats.recipe import Recipe
+from surogate_formats.weight_parts import UnreadableWeightError
 
 PACKED = "packed by its maker"
 KEPT = "kept by its maker"
@@ -46,6 +49,22 @@ class Foreign:
     packed: PackedWeights
     unused: tuple[str, ...]
     manifest: Manifest
+
+    def parts(self, checkpoint: Checkpoint, module: str) -> Parts:
+        """The parts of a packed weight, in the format's own shapes.
+
+        Raises:
+            UnreadableWeightError: their values are none that the layout holds.
+        """
+        fmt, shape, suffixes = self.packed.format, self.packed.modules[module], self.layout.suffixes
+        keys = _stored_keys(self.layout, fmt, shape)
+        stored = {key: checkpoint.read(f"{module}.{suffixes[fmt.name][key]}") for key in keys}
+        if not isinstance(self.layout, BitsandbytesLayout):
+            return {part: stored[part].reshape(spec.shape) for part, spec in fmt.part_specs(shape).items()}
+        try:
+            return self.layout.restore(fmt, stored, shape)
+        except ArtifactError as error:
+            raise UnreadableWeightError(f"{checkpoint.directory}: {shown(module)}: {error}") from error
 
 
 def declared_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -79,7 +98,8 @@ def read_foreign(checkpoint: Checkpoint, config: dict[str, Any]) -> Foreign:
     """
     layout = layout_of_config(config)
     declared, _ = layout.parse_config(config)
-    packed = find_packed_weights(layout, declared, {name: entry.info for name, entry in checkpoint.tensors.items()})
+    infos = {name: entry.info for name, entry in checkpoint.tensors.items()}
+    packed = find_packed_weights(layout, declared, infos, lambda name: checkpoint.read(name).tobytes())
     if not packed.modules:
         raise UnreadableConfigError(
             f"quantization_config declares {declared.name} in layout {layout.name}, and no tensor is such a weight"
@@ -121,13 +141,18 @@ def _records(checkpoint: Checkpoint, layout: Layout, packed: PackedWeights) -> I
     dtype = _DTYPES.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "BF16")
     parts: set[str] = set()
     for module, shape in packed.modules.items():
-        specs = packed.format.part_specs(shape)
-        names = [f"{module}.{suffixes[part]}" for part in specs]
-        bits = 8 * sum(spec.nbytes for spec in specs.values()) / max(shape[0] * shape[1], 1)
-        yield f"{module}.weight", TensorRecord("quantize", PACKED, dtype, shape, bits, dict.fromkeys(names, NO_HASH))
+        names = [f"{module}.{suffixes[part]}" for part in _stored_keys(layout, packed.format, shape)]
+        bits = 8 * sum(checkpoint.tensors[name].info.nbytes for name in names) / max(shape[0] * shape[1], 1)
+        source = packed.dtypes.get(module, dtype)
+        yield f"{module}.weight", TensorRecord("quantize", PACKED, source, shape, bits, dict.fromkeys(names, NO_HASH))
         parts.update(names)
     for name, entry in checkpoint.tensors.items():
         if name not in parts:
             reason = UNUSED if name.rpartition(".")[2] in ACTIVATION_SCALES else KEPT
             info = entry.info
             yield name, TensorRecord("keep", reason, info.dtype, info.shape, float(BITS[info.dtype]), {name: NO_HASH})
+
+
+def _stored_keys(layout: Layout, fmt: Format, shape: Shape) -> Iterable[str]:
+    """The parts; in layout bitsandbytes what they are restored from."""
+    return layout.stored_specs(fmt, shape) if isinstance(layout, BitsandbytesLayout) else fmt.part_specs(shape)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from surogate_formats.checkpoint import TensorInfo
 from surogate_formats.checkpoint.errors import shown
-from surogate_formats.errors import ArtifactError
-from surogate_formats.format import Format, Shape, TensorSpec
+from surogate_formats.format import Format, Shape
 from surogate_formats.fp8 import FP8
-from surogate_formats.layouts import Layout, UnreadableConfigError
-from surogate_formats.nvfp4 import NVFP4
+from surogate_formats.layouts import Layout
+from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
+from surogate_formats.nf4 import NF4
+from surogate_formats.packed_nf4 import Read, describe_weights, format_of_headers
+from surogate_formats.weight_parts import UnreadableWeightError, UnscaledWeightError, check_part, fits
+
+__all__ = [
+    "ACTIVATION_SCALES",
+    "PackedWeights",
+    "UnreadableWeightError",
+    "UnscaledWeightError",
+    "find_packed_weights",
+    "fits",
+]
 
 ACTIVATION_SCALES = frozenset(
     {
@@ -31,20 +42,9 @@ ACTIVATION_SCALES = frozenset(
 )
 """Endings of tensors that say how activations or the KV cache are quantized; no weight's value hangs on them."""
 
-FOUND_BY_HEADERS = frozenset({FP8.name, NVFP4.name})
-"""Formats whose codes show the shape of the weight."""
-
 _FEW_BITS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"})
 _INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _SCALE_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
-
-
-class UnscaledWeightError(ArtifactError):
-    """A tensor of few bits stands without its scale: what its values are, nobody can tell."""
-
-
-class UnreadableWeightError(ArtifactError):
-    """A packed weight has a part of another dtype or shape than its format's, or one whose meaning isn't known."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,36 @@ class PackedWeights:
 
     Attributes:
         format: as the config declares it, with what the headers alone say.
-        modules: full name of each module to its weight's shape [N, K].
+        modules: full name of each module to its weight's shape [N, K]; empty where the headers alone don't show it.
         unused: endings of the tensors that say how activations or the KV cache are quantized, sorted.
+        dtypes: module to the safetensors dtype of its source, where the files tell.
     """
 
     format: Format
     modules: dict[str, Shape]
     unused: tuple[str, ...]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_packed_weights(layout: Layout, declared: Format, infos: Mapping[str, TensorInfo]) -> PackedWeights:
+def find_packed_weights(
+    layout: Layout, declared: Format, infos: Mapping[str, TensorInfo], read: Read | None = None
+) -> PackedWeights:
     """Finds every packed weight, checks its parts, and sees that no tensor of few bits is left over.
 
     Args:
         layout: how the parts are named.
-        declared: the format that the config declares; FP8 or NVFP4.
+        declared: the format that the config declares.
         infos: every tensor of the checkpoint by name.
+        read: reads a tensor; without it NF4's format alone is found, since its shapes stand in no header.
 
     Raises:
         UnscaledWeightError: a weight lacks a part, or a tensor of few bits belongs to no weight.
         UnreadableWeightError: a part isn't what the format stores, or one of the weight's tensors has no known meaning.
-        UnreadableConfigError: the format's weights don't say what their shape is.
     """
-    if declared.name not in FOUND_BY_HEADERS:
-        raise UnreadableConfigError(f"{declared.name} in layout {layout.name} can't be read without a manifest")
+    if isinstance(layout, BitsandbytesLayout):
+        return _find_nf4(layout, infos, read)
+    if isinstance(declared, NF4):
+        return PackedWeights(declared, {}, ())
     suffixes = layout.suffixes[declared.name]
     modules = dict(_modules(infos, suffixes["codes"], declared))
     fmt = _with_scale_dtype(declared, infos, [f"{module}.{suffixes['scale']}" for module in modules])
@@ -87,15 +93,22 @@ def find_packed_weights(layout: Layout, declared: Format, infos: Mapping[str, Te
             raise UnreadableWeightError(f"{shown(module)}: {reason}, so it is no {fmt.name}")
         for part, spec in fmt.part_specs(shape).items():
             name = f"{module}.{suffixes[part]}"
-            _check_part(name, infos.get(name), spec, f"{module}.{suffixes['codes']}")
+            check_part(name, infos.get(name), spec, f"{module}.{suffixes['codes']}")
             used.add(name)
     return PackedWeights(fmt, modules, tuple(sorted(set(_unused(infos, used, modules)))))
 
 
-def fits(found: TensorInfo, spec: TensorSpec) -> bool:
-    """Whether a tensor is of a spec's dtype and shape; a single value may be of shape [] or [1]."""
-    single = found.shape in ((), (1,)) and spec.shape in ((), (1,))
-    return found.dtype == spec.dtype and (found.shape == spec.shape or single)
+def _find_nf4(layout: BitsandbytesLayout, infos: Mapping[str, TensorInfo], read: Read | None) -> PackedWeights:
+    fmt = format_of_headers(infos)
+    if read is None:
+        return PackedWeights(fmt, {}, ())
+    found = list(describe_weights(layout, fmt, infos, read))
+    modules = {module: shape for module, shape, _ in found}
+    endings = [layout.suffixes[fmt.name][key] for key in layout.stored_specs(fmt, (1, 1))]
+    used = {f"{module}.{ending}" for module in modules for ending in endings}
+    owners = {**modules, **{f"{module}.weight": shape for module, shape in modules.items()}}
+    unused = tuple(sorted(set(_unused(infos, used, owners))))
+    return PackedWeights(fmt, modules, unused, {module: dtype for module, _, dtype in found})
 
 
 def _modules(infos: Mapping[str, TensorInfo], codes: str, fmt: Format) -> Iterator[tuple[str, Shape]]:
@@ -122,18 +135,6 @@ def _with_scale_dtype(fmt: Format, infos: Mapping[str, TensorInfo], scales: list
             f"{shown(found[0].name)} is {dtype}; scales are read in {' or '.join(_SCALE_DTYPES)} only"
         )
     return replace(fmt, scale_dtype=_SCALE_DTYPES[dtype])  # type: ignore[arg-type]
-
-
-def _check_part(name: str, found: TensorInfo | None, spec: TensorSpec, codes: str) -> None:
-    if found is None:
-        raise UnscaledWeightError(
-            f"{shown(codes)} has no {shown(name)}, without which its values are unknown; download the checkpoint again"
-        )
-    if not fits(found, spec):
-        raise UnreadableWeightError(
-            f"{shown(name)} is {found.dtype} {list(found.shape)}, "
-            f"expected {spec.dtype} {list(spec.shape)}: is it packed as config.json says?"
-        )
 
 
 def _unused(infos: Mapping[str, TensorInfo], used: set[str], modules: Mapping[str, Shape]) -> Iterator[str]:

@@ -25,6 +25,7 @@ Examples:
   surogate-quantize ./Qwen3-4B --format fp4 --1d --dry-run
   surogate-quantize ./Qwen3-4B --format fp8 --scaling channel --skip-last-layers 2 --out ./Qwen3-4B-fp8
   surogate-quantize ./Qwen3-4B --config train.yaml --out ./Qwen3-4B-packed
+  surogate-quantize Qwen/Qwen3-4B --format nf4 --out ./Qwen3-4B-nf4 --push-to-hub me/Qwen3-4B-nf4
 """
 
 FORMAT_PARAMETERS = {
@@ -69,6 +70,12 @@ DEVICES = ("auto", "cpu", "cuda")
 @click.option("--skip-last-layers", type=click.IntRange(min=0), help="Decoder blocks that stay as they are.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Modules that stay as they are, beside the usual ones: "
               "layers.0.mlp, *.o_proj, re:REGEX. Repeatable.")  # fmt: skip
+@click.option("--quantize-lm-head", is_flag=True, help="Quantize the output head, too, unless it is the embedding; in "
+              "layouts surogate, compressed-tensors and modelopt.")  # fmt: skip
+@click.option("--revision", help="Branch, tag or commit of a MODEL on the Hub.  [default: its default branch]")
+@click.option("--token", help="For the Hub.  [default: HF_TOKEN, else the login of hf auth login]")
+@click.option("--keep-source", is_flag=True, help="Leave a MODEL's shards in the Hub's cache; else each is deleted "
+              "once it is quantized.")  # fmt: skip
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Payload of one output file.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="What quantizes; the "
               "bytes are the same. auto: a GPU where CuPy is there to use it.")  # fmt: skip
@@ -77,6 +84,10 @@ DEVICES = ("auto", "cpu", "cuda")
 @click.option("--overwrite", is_flag=True, help="Replace the artifact in --out once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Print what would happen to every tensor and the sizes; write nothing. "
               "An --out is checked as the run would.")  # fmt: skip
+@click.option("--push-to-hub", metavar="REPO", help="Upload the artifact, with a model card, once it is complete.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: a repository that is made is private.")
+@click.option("--create-pr", is_flag=True, help="With --push-to-hub: open a pull request instead of a commit.")
+@click.option("--commit-message", metavar="TEXT", help="With --push-to-hub: the commit's first line.")
 @click.option("--json", "json_mode", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the artifact's path alone; with --dry-run warnings and errors "
               "alone.")  # fmt: skip
@@ -84,10 +95,11 @@ DEVICES = ("auto", "cpu", "cuda")
               "run.")  # fmt: skip
 @click.version_option(VERSION, prog_name="surogate-quantize")
 def main(**arguments: Any) -> None:
-    """Quantize the linear weights of MODEL, a directory with a Hugging Face checkpoint, once and offline.
+    """Quantize the linear weights of MODEL, once and offline.
 
-    The artifact in --out holds packed safetensors, config.json, the tokenizer and a manifest (surogate.json).
-    surogate_load trains LoRA on it.
+    MODEL is a directory with a Hugging Face checkpoint in safetensors, or a name on the Hub such as org/model. The
+    artifact in --out holds packed safetensors, config.json, the tokenizer and a manifest (surogate.json). surogate_load
+    trains LoRA on it.
     """
     if arguments["json_mode"] and arguments["quiet"]:
         raise click.UsageError("--json and --quiet are two forms of output; choose one")
@@ -120,22 +132,27 @@ def _flags(text: str) -> str:
 
 
 def _run(out: Out, arguments: dict[str, Any]) -> None:
+    from surogate_quantize.hub.push import check_push, push
     from surogate_quantize.run import dry_run, quantize
 
+    check_push(arguments)
     model, options = _options(out, arguments)
     target, overwrite = arguments["out"], arguments["overwrite"]
+    hub = {"revision": arguments["revision"], "token": arguments["token"]}
     if model is None:
         raise click.UsageError("Missing argument 'MODEL' (or a --config that names a model).")
     if arguments["dry_run"]:
-        out.plan(*dry_run(model, options, target, overwrite=overwrite))
+        out.plan(*dry_run(model, options, target, overwrite=overwrite, **hub))
         return
     if target is None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
-    where = {"device": arguments["device"], "workers": arguments["workers"]}
-    summary = quantize(model, target, options, **where, overwrite=overwrite, watch=out.watch)
+    how = {name: arguments[name] for name in ("device", "workers", "overwrite", "keep_source")}
+    summary = quantize(model, target, options, **how, **hub, watch=out.watch)
     with leaving(f"{target} is complete"):
         out.close()
         out.summary(summary)
+        if arguments["push_to_hub"] is not None:
+            push(out, model, arguments)
 
 
 def _options(out: Out, arguments: dict[str, Any]) -> tuple[str | None, Options]:
@@ -156,6 +173,7 @@ def _options(out: Out, arguments: dict[str, Any]) -> tuple[str | None, Options]:
         skip_last_layers=arguments["skip_last_layers"],
         skip=arguments["skip"],
         max_shard_size=arguments["max_shard_size"],
+        quantize_lm_head=arguments["quantize_lm_head"],
     )
     return arguments["model"] or (training.model if training else None), options
 

@@ -12,6 +12,7 @@ from surogate_formats.layouts import FOR_EXPERTS, LAYOUTS, Layout, settle
 from surogate_formats.recipe import Recipe, check_compatible
 from surogate_formats.registry import make_format
 from surogate_formats.training_config import Lora, TrainingConfig
+from surogate_quantize.packed_heads import check_layout
 from surogate_quantize.skip_options import SkipOptions
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 1000**3
@@ -40,6 +41,7 @@ class Options:
         recipe, lora: kept in the artifact as defaults for training.
         max_shard_size: bytes of payload that a shard may hold; a single weight may exceed it.
         layout_asked: whether the layout was asked for, and isn't just the format's default.
+        quantize_lm_head: whether the output head is quantized, too.
     """
 
     format: Format
@@ -49,6 +51,7 @@ class Options:
     lora: Lora = field(default_factory=Lora)
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
     layout_asked: bool = True
+    quantize_lm_head: bool = False
 
     def for_experts(self) -> Options:
         """The same where experts are quantized: another layout may be the format's default there."""
@@ -66,6 +69,7 @@ class Options:
             "skip_last_layers": self.skip.last_layers,
             "skip": list(self.skip.patterns),
             "max_shard_size": self.max_shard_size,
+            "quantize_lm_head": self.quantize_lm_head,
         }
 
 
@@ -79,6 +83,7 @@ def make_options(
     skip_last_layers: int | None = None,
     skip: tuple[str, ...] = (),
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+    quantize_lm_head: bool = False,
 ) -> Options:
     """Settles arguments and a training file into options; an argument that is given wins over the file.
 
@@ -91,9 +96,11 @@ def make_options(
         skip_last_layers: the same at the end.
         skip: patterns, added to the defaults.
         max_shard_size: bytes, or a text such as `5GB`.
+        quantize_lm_head: quantize the output head, too, unless it is tied to the embedding.
 
     Raises:
         UsageError: no format, or a parameter, layout or recipe that doesn't go with the format.
+        PackedHeadError: the layout's readers don't take a packed head.
     """
     training = training or TrainingConfig()
     name = format_name or training.format_name
@@ -101,6 +108,8 @@ def make_options(
         raise NoFormatError("no format: give `format_name` nf4, fp4 or fp8, or a `training` file that turns one on")
     fmt, chosen = settle(name, {**training.by_format.get(name, {}), **parameters}, layout)
     check_compatible(name, training.recipe)
+    if quantize_lm_head:
+        check_layout(chosen)
     first = training.skip_first_layers if skip_first_layers is None else skip_first_layers
     last = training.skip_last_layers if skip_last_layers is None else skip_last_layers
     return Options(
@@ -111,6 +120,7 @@ def make_options(
         lora=training.lora,
         max_shard_size=parse_size(max_shard_size),
         layout_asked=layout is not None,
+        quantize_lm_head=quantize_lm_head,
     )
 
 

@@ -16,6 +16,7 @@ from surogate_formats.format import TensorSpec
 from surogate_formats.layouts import StoredTensor, stored_tensors
 from surogate_quantize.fused_groups import amax_groups
 from surogate_quantize.options import Options
+from surogate_quantize.packed_heads import naming_head, with_head
 from surogate_quantize.selection import Decision, keep_groups_whole, select
 from surogate_quantize.tied_heads import tied_heads
 
@@ -112,7 +113,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     Raises:
         AlreadyQuantizedError: the source is no plain checkpoint.
         NothingToQuantizeError: every tensor would be kept; the message counts the reasons.
-        UsageError: a skip pattern or a number of layers that doesn't fit the model.
+        UsageError: a skip pattern or a number of layers that doesn't fit the model, or a head that can't be quantized.
     """
     method = source.is_quantized()
     if method is not None:
@@ -128,6 +129,8 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     quantized = [name for name, decision in decisions.items() if decision.quantize]
     if any(".experts." in name for name in quantized):
         options = options.for_experts()
+    if options.quantize_lm_head:
+        options = replace(options, layout=naming_head(options.layout, decisions))
     groups = amax_groups(quantized) if options.format.shares_amax else {}
     tensors = _place(source, options, decisions, groups)
     _check_names(tensors)
@@ -137,12 +140,15 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
 def _decide(source: Checkpoint, options: Options) -> dict[str, Decision]:
     tensors = {name: (entry.info.dtype, entry.info.shape) for name, entry in source.tensors.items()}
     decisions = select(tensors, source.config, options.skip)
+
+    def refuses(shape: tuple[int, ...]) -> str | None:
+        return options.format.keep_reason(shape) or options.layout.keep_reason(options.format, shape)
+
     for name, decision in decisions.items():
-        if decision.quantize:
-            shape = tensors[name][1]
-            reason = options.format.keep_reason(shape) or options.layout.keep_reason(options.format, shape)
-            if reason:
-                decisions[name] = Decision(quantize=False, reason=reason)
+        if decision.quantize and (reason := refuses(tensors[name][1])):
+            decisions[name] = Decision(quantize=False, reason=reason)
+    if options.quantize_lm_head:
+        decisions = with_head(decisions, tensors, source.config, options.skip, refuses)
     return keep_groups_whole(decisions)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -35,7 +36,7 @@ def known_errors(command: Callable[P, None]) -> Callable[P, None]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="surogate-quant", prog_name="surogate-load")
 def main() -> None:
-    """Artifacts of surogate-quantize: inspect, verify, evaluate, generate, dequantize, merge."""
+    """Artifacts of surogate-quantize: inspect, verify, evaluate, generate, dequantize, merge, push."""
 
 
 @main.command()
@@ -127,12 +128,21 @@ def dequantize(artifact: str, out: str, dtype: str | None) -> None:
 @click.argument("adapter")
 @_OUT
 @_DTYPE
+@click.option("--requantize", is_flag=True, help="Pack the result as ARTIFACT is packed, and say what that lost.")
+@click.option("--json", "json_mode", is_flag=True, help="Print the result as JSON.")
 @known_errors
-def merge(artifact: str, adapter: str, out: str, dtype: str | None) -> None:
-    """Write ARTIFACT with ADAPTER, saved by PEFT, merged into it: a dense checkpoint."""
+def merge(artifact: str, adapter: str, out: str, dtype: str | None, requantize: bool, json_mode: bool) -> None:
+    """Write ARTIFACT with ADAPTER, saved by PEFT, merged into it: a dense checkpoint, or an artifact again."""
+    if requantize:
+        from surogate_load.export.requantize import merge_requantized
+
+        found = merge_requantized(artifact, adapter, out, dtype)
+        click.echo(json.dumps({**asdict(found), "out": out}, indent=2)) if json_mode else _print(found.lines())
+        return
     from surogate_load.export.merging import merge as export
 
-    click.echo(export(artifact, adapter, out, dtype))
+    written = str(export(artifact, adapter, out, dtype))
+    click.echo(json.dumps({"out": written}, indent=2) if json_mode else written)
 
 
 @main.command()
@@ -151,6 +161,24 @@ def generate(artifact: str, prompt: str, **options: Any) -> None:
     from surogate_load.generation import generate as say
 
     say(artifact, prompt, streamer=lambda t: TextStreamer(t, skip_prompt=True, skip_special_tokens=True), **options)
+
+
+@main.command()
+@click.argument("artifact")
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="A repository that is made is private.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of a commit.")
+@click.option("--commit-message", metavar="TEXT", help="The commit's first line.")
+@click.option("--token", help="For the Hub.  [default: HF_TOKEN, else the login of hf auth login]")
+@click.option("--base-model", metavar="REPO", help="What ARTIFACT was made from.  [default: the recorded source, if it "
+              "is a repository]")  # fmt: skip
+@click.option("--source-card", type=click.Path(), help="The source's README.md.  [default: the base model's]")
+@known_errors
+def push(artifact: str, repo: str, **options: Any) -> None:
+    """Verify ARTIFACT and upload it to REPO on the Hub, with a model card, in one commit; prints the address."""
+    from surogate_load.publishing.push import Push, push
+
+    click.echo(push(artifact, repo, Push(**options), lambda line: click.echo(line, err=True)))
 
 
 def _print(rows: Mapping[str, Any]) -> None:

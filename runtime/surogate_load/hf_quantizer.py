@@ -17,8 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from surogate_formats.checkpoint import TensorInfo
 from surogate_formats.layouts import Layout, layout_of_config
-from surogate_formats.packed_weights import ACTIVATION_SCALES, FOUND_BY_HEADERS, find_packed_weights
-from surogate_formats.registry import from_dict
+from surogate_formats.packed_weights import ACTIVATION_SCALES, find_packed_weights
 from surogate_load.errors import MismatchedModelError, UnsupportedModuleError
 from surogate_load.linear import QuantizedLinear
 from surogate_load.loss.fused_head import fuse_head
@@ -121,7 +120,7 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         infos = read_infos(kwargs["checkpoint_files"])
-        self._read_format(infos, kwargs["checkpoint_files"][0])
+        self.format = find_packed_weights(self.layout, self.format, infos).format
         _, companion, *_ = self.layout.suffixes[self.format.name].values()
         dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]
         for stored, module in packed_modules(model, infos, companion):
@@ -149,17 +148,6 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         merge_projections(model)
         fuse_head(model)
         return model
-
-    def _read_format(self, infos: dict[str, TensorInfo], file: str) -> None:
-        """Takes from the headers what the config doesn't say; refuses tensors of few bits that have no scale.
-
-        What neither says (bitsandbytes' block size) stands in the manifest.
-        """
-        manifest = Origin.read(file, set()).manifest
-        if self.format.name in FOUND_BY_HEADERS:
-            self.format = find_packed_weights(self.layout, self.format, infos).format
-        elif manifest is not None and manifest.format.get("name") == self.format.name:
-            self.format = from_dict(dict(manifest.format))
 
     def _pass_over_unused(self, model: nn.Module, infos: dict[str, TensorInfo]) -> None:
         """What is said about activations outside of packed weights has no place in the model, and needs none."""

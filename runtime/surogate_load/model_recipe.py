@@ -23,7 +23,8 @@ _LOG = logging.getLogger("surogate_load")
 def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> None:
     """Makes every `QuantizedLinear` of a model multiply as the recipe says; its scaling state starts anew.
 
-    Adapters that exist already keep their parameters.
+    A packed head multiplies as under recipe bf16: logits are no place for rounded operands. Adapters that exist already
+    keep their parameters.
 
     Args:
         model: the root: an optimizer that owns parameters of it ends its training steps.
@@ -42,10 +43,11 @@ def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> No
         check_compatible(layer.kind.format.name, recipe)
     if not emulate:
         check_device(recipe, next(iter(layers.values())).parts[0].device)
-    notes = Notes()
+    notes, head = Notes(), _head(model)
     for name, layer in layers.items():
+        make = RECIPE_LAYERS["bf16" if layer is head else recipe.name]
         with torch.no_grad():
-            made = RECIPE_LAYERS[recipe.name](PackedWeight(name, layer.kind, layer.parts), recipe, notes, emulate)
+            made = make(PackedWeight(name, layer.kind, layer.parts), recipe, notes, emulate)
         layer.recipe = made.to(layer.parts[0].device).train(layer.training)
     for module in model.modules():
         if callable(adopt := getattr(module, "adopt_recipe", None)):
@@ -54,3 +56,10 @@ def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> No
     watch(model)
     for line in notes.lines():
         _LOG.warning("recipe %s: %s", recipe.name, line)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives the logits, without what PEFT put around it."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return getattr(head, "base_layer", head)

@@ -20,7 +20,7 @@ from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.manifest import MANIFEST_NAME
 from surogate_formats.training_config import KEYS, TrainingConfig
 from surogate_formats.version import VERSION
-from surogate_load.errors import QuantizerFailedError
+from surogate_load.errors import NotDownloadedError, QuantizerFailedError
 
 _LOG = logging.getLogger("surogate_load")
 
@@ -36,7 +36,10 @@ def cache_directory() -> Path:
 def quantized_once(path: Path, source: Path, config: TrainingConfig) -> Path:
     """The artifact of a source under a training file; made if the cache doesn't hold it yet. Says where it is."""
     if not source.exists():
-        _run_quantizer(path, source, config, "--dry-run")  # it knows what to advise
+        raise NotDownloadedError(
+            f"{source}: no such directory; if it is a model on the Hub, download it first: "
+            f"hf download {source} --local-dir {source.name}"
+        )
     out = cache_directory() / cache_key(source, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):  # every rank of a distributed run arrives here

@@ -20,7 +20,6 @@ from surogate_quantize import make_options, output, quantize
 from surogate_quantize.cli import main
 from surogate_quantize.options import BadSizeError
 from surogate_quantize.plan import AlreadyQuantizedError, NameClashError, NothingToQuantizeError
-from surogate_quantize.run import HubSourceError
 from surogate_quantize.skip_options import InvalidSkipPatternError, SkipLayersError, UnknownSkipPatternError
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -336,13 +335,6 @@ def test_a_bad_source_leaves_the_artifact_that_was_to_be_replaced(source, out):
     weight_with(np.nan)(source)
     assert cli(source, "--format", "fp8", "--out", out, "--overwrite").exit_code == 1
     assert contents(out) == before
-
-
-def test_the_name_of_a_model_on_the_hub_gets_the_command_that_downloads_it(tmp_path, out, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(HubSourceError):
-        quantize("org/model", out, make_options("nf4", {}))
-    assert_refused(cli("org/model", "--format", "nf4", "--out", out), 1, "hf download org/model --local-dir model")
 
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(source, out, monkeypatch):

@@ -22,6 +22,7 @@ from surogate_formats.layouts.quant_state import (
 from surogate_formats.nf4 import NF4
 from surogate_formats.tables import NF4_CODEBOOK
 
+_MAPS = {"quant_map": NF4_CODEBOOK, "nested_quant_map": DYNAMIC_MAP}
 _MAP_ERROR = 2.0**-22
 """How far a map may be off ours: the library that computed it rounded its last bits."""
 
@@ -89,6 +90,7 @@ class BitsandbytesLayout:
 
     def parse_config(self, config: Config) -> tuple[Format, list[str]]:
         """Reads NF4 stored in bytes, with the default block size: `describe` finds the real one."""
+        expect(config, "load_in_8bit", False, None)
         expect(config, "load_in_4bit", True)
         expect(config, "bnb_4bit_quant_type", "nf4")
         if "bnb_4bit_quant_storage" in config:
@@ -131,14 +133,19 @@ class BitsandbytesLayout:
         state = read_state(stored["quant_state"].tobytes())
         if (state.get("blocksize"), read_shape(state)) != (fmt.block_size, shape):
             raise ArtifactError(f"its quantization state isn't one of {list(shape)} in blocks of {fmt.block_size}")
-        _check_map(stored, "quant_map", NF4_CODEBOOK)
+        for key in _MAPS.keys() & stored.keys():
+            self.check_map(key, stored[key])
         parts: Parts = {"codes": stored["codes"].reshape(fmt.part_specs(shape)["codes"].shape)}
         parts["absmax"] = stored["absmax"]
         if fmt.double_quant == "dynamic":
-            _check_map(stored, "nested_quant_map", DYNAMIC_MAP)
             parts["nested_absmax"] = stored["nested_absmax"]
             parts["nested_offset"] = np.array([read_offset(state)], np.float32)
         return parts
+
+    def check_map(self, key: str, values: Any) -> None:
+        """Raises `ArtifactError` if `quant_map` or `nested_quant_map` isn't bitsandbytes' table for it."""
+        if not np.allclose(values, _MAPS[key], rtol=0, atol=_MAP_ERROR):
+            raise ArtifactError(f"its {key} isn't the table of bitsandbytes")
 
     def describe(self, specs: Mapping[str, TensorSpec], quant_state: bytes) -> tuple[NF4, Shape, str]:
         """What a weight of a checkpoint is that has no manifest.
@@ -157,19 +164,24 @@ class BitsandbytesLayout:
         shape, dtype = read_shape(state), SAFETENSORS_DTYPES.get(str(state.get("dtype")))
         if shape is None or dtype is None:
             raise ArtifactError("its quantization state gives no shape [N, K] or no dtype that can be read")
-        try:
-            fmt = NF4(state.get("blocksize"), "dynamic" if "nested_absmax" in specs else "none")  # type: ignore[arg-type]
-        except UsageError as error:
-            raise ArtifactError(f"its quantization state can't be read: {error}") from error
+        fmt = _format(state, double_quant="nested_absmax" in specs)
         expected = self.stored_specs(fmt, shape)
         for key in dict.fromkeys([*expected, *specs]):
             if key != "quant_state" and specs.get(key) != expected.get(key):
-                raise ArtifactError(
-                    f"{self.suffixes['nf4'].get(key, key)} is {specs.get(key)}, expected {expected.get(key)}"
-                )
+                found, wanted = _shown(specs.get(key), "missing"), _shown(expected.get(key), "nothing")
+                raise ArtifactError(f"{self.suffixes['nf4'].get(key, key)} is {found}, expected {wanted}")
         return fmt, shape, dtype
 
 
-def _check_map(stored: Parts, key: str, expected: Any) -> None:
-    if not np.allclose(stored[key], expected, rtol=0, atol=_MAP_ERROR):
-        raise ArtifactError(f"its {key} isn't the table of bitsandbytes")
+def _format(state: Mapping[str, Any], *, double_quant: bool) -> NF4:
+    block_size = state.get("blocksize")
+    if double_quant:
+        read_offset(state)
+    try:
+        return NF4(block_size if type(block_size) is int else None, "dynamic" if double_quant else "none")  # type: ignore[arg-type]
+    except UsageError as error:
+        raise ArtifactError(f"its quantization state can't be read: {error}") from error
+
+
+def _shown(spec: TensorSpec | None, without: str) -> str:
+    return f"{spec.dtype} {list(spec.shape)}" if spec else without

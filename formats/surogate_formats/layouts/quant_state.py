@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ SAFETENSORS_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 _WIDEST = -1.2345678901234567e-308
 """No float has a longer text."""
+
+_LONGEST = 2**31 - 1
+"""Of a side of a weight: the number of its values fits into 63 bits."""
 
 
 def state_size(fmt: NF4, shape: Shape) -> int:
@@ -60,23 +64,24 @@ def read_state(data: bytes) -> dict[str, Any]:
         state = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"its quantization state is no JSON ({error})") from error
-    if not isinstance(state, dict) or state.get("quant_type") != "nf4":
-        raise ArtifactError("its quantization state isn't one of nf4")
+    kind = state.get("quant_type") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or kind != "nf4":
+        raise ArtifactError(f"its quantization state isn't one of nf4 but of {kind!r:.40}")
     nesting = state.get("nested_blocksize", NESTED_BLOCK), state.get("nested_dtype", "float32")
     if nesting != (NESTED_BLOCK, "float32"):
         raise ArtifactError(f"its absmax is nested in blocks of {nesting[0]} {nesting[1]}, not {NESTED_BLOCK} float32")
     return state
 
 
-def read_shape(state: dict[str, Any]) -> Shape | None:
+def read_shape(state: Mapping[str, Any]) -> Shape | None:
     """The [N, K] of a quantization state; None if it has none."""
     shape = state.get("shape")
-    if isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and side >= 0 for side in shape):
+    if isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 <= n <= _LONGEST for n in shape):
         return tuple(shape)
     return None
 
 
-def read_offset(state: dict[str, Any]) -> float:
+def read_offset(state: Mapping[str, Any]) -> float:
     """The mean of absmax in a quantization state; `ArtifactError` if there is none."""
     offset = state.get("nested_offset")
     if not isinstance(offset, int | float) or not abs(offset) <= float(np.finfo(np.float32).max):

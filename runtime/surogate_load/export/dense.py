@@ -16,12 +16,18 @@ from surogate_formats.checkpoint.index import INDEX
 from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.errors import UsageError
+from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_load.artifact_weights import OpenArtifact
 from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
 from surogate_load.local import open_local
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """What a dense checkpoint's weights can be, by torch's name."""
+
+_DECLARATIONS = ("quantization_config", "compression_config")
+
+_BESIDE = (".json", ".txt", ".jinja", ".model", ".spm", ".tiktoken")
+"""What stands beside the weights of others, with neither weights nor code in it."""
 
 FLOATS = frozenset(DTYPES.values())
 
@@ -70,7 +76,7 @@ def dense_tensors(artifact: Artifact, dtype: str | None) -> Iterator[DenseTensor
 
 def dense_config(artifact: Artifact, dtype: str | None) -> dict[str, Any]:
     """config.json without its `quantization_config`, and with another dtype if one was asked for."""
-    config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in artifact.config.items() if key not in _DECLARATIONS}
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     return config
@@ -78,8 +84,16 @@ def dense_config(artifact: Artifact, dtype: str | None) -> dict[str, Any]:
 
 def sidecars(artifact: Artifact) -> dict[str, Path]:
     """The tokenizer's files and what else stands beside the weights, by their place in the directory."""
-    names = artifact.manifest.sidecars.keys() - {CONFIG, INDEX}
-    return {name: artifact.path / name for name in sorted(names)}
+    names = set(artifact.manifest.sidecars)
+    if artifact.foreign is not None:
+        names = {path.name for path in artifact.path.iterdir() if path.suffix in _BESIDE and _is_own(path)}
+    return {name: artifact.path / name for name in sorted(names - {CONFIG, INDEX, SIDECAR})}
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a path is a file, and no link out of its directory or, in the Hub's cache, its repository."""
+    here, there = path.parent.resolve(), path.resolve()
+    return path.is_file() and (here in there.parents or there.parent == here.parent.parent / "blobs")
 
 
 def to_numpy(tensor: Tensor, dtype: str) -> NDArray[Any]:

@@ -27,7 +27,13 @@ _PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's modules."""
 
 
-def merge(artifact: str | Path, adapter: str | Path, out: str | Path, dtype: str | None = None) -> Path:
+Watch = Callable[[str, Tensor], None]
+"""Told the full name and the float32 values of each tensor that the adapter changes, before they are rounded."""
+
+
+def merge(
+    artifact: str | Path, adapter: str | Path, out: str | Path, dtype: str | None = None, *, watch: Watch | None = None
+) -> Path:
     """Writes a dense checkpoint of an artifact's model with an adapter merged in.
 
     The sum is made in float32 and rounded once. Whatever PEFT can merge is merged (rsLoRA, DoRA, modules_to_save).
@@ -38,6 +44,7 @@ def merge(artifact: str | Path, adapter: str | Path, out: str | Path, dtype: str
         adapter: directory that `PeftModel.save_pretrained` wrote.
         out: a directory that doesn't exist yet.
         dtype: as in `dequantize`.
+        watch: for measures.
 
     Returns:
         `out`.
@@ -49,7 +56,7 @@ def merge(artifact: str | Path, adapter: str | Path, out: str | Path, dtype: str
     check_dtype(dtype)
     with open_local(artifact) as opened, whole_directory(Path(out)) as directory:
         model = with_adapter(load_model(artifact, "bf16", dtype=torch.float32), adapter)
-        changed = dict(_changed(model))
+        changed = {name: partial(_watched, name, make, watch) for name, make in _changed(model)}
         tensors = [_replaced(tensor, changed) for tensor in dense_tensors(opened, dtype)]
         config = dense_config(opened, dtype)
         added = _added(opened, changed, dtype)
@@ -87,6 +94,13 @@ def _merged_in_place(name: str, layer: Any) -> Iterator[tuple[str, Callable[[], 
         raise UnreadableAdapterError(f"{name}: PEFT can't merge its adapter ({one_line(error)})") from error
     for part, parameter in base.named_parameters():
         yield f"{name}.{part}", partial(_float32, parameter)
+
+
+def _watched(name: str, make: Callable[[], Tensor], watch: Watch | None) -> Tensor:
+    values = make()
+    if watch is not None:
+        watch(name, values)
+    return values
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Sources on the Hub: resolved once, fetched shard by shard, checked and deleted."""

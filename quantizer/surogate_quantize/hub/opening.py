@@ -1,0 +1,131 @@
+"""Opens MODEL: a local directory, or a repository on the Hub whose shards come one after the other."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.errors import SurogateError
+from surogate_quantize.hub.checkpoint import HubCheckpoint, fill
+from surogate_quantize.hub.errors import RevisionOfDirectoryError
+from surogate_quantize.hub.repository import HubRepository
+from surogate_quantize.hub.stopping import stopping
+from surogate_quantize.hub.terminal import quiet_hub
+from surogate_quantize.interruption import undisturbed
+from surogate_quantize.output_errors import disk_errors
+from surogate_quantize.plan import PlannedTensor
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""What the name of a model on the Hub looks like."""
+
+SHARDS_AT_ONCE = 3
+"""Shards for which the disk should have room beside the artifact."""
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source, wherever it lies.
+
+    Attributes:
+        checkpoint: its tensors.
+        name: what the manifest calls it.
+        revision: its commit, where it is known.
+        room: bytes of disk that it needs beside the artifact.
+        settled: to be told of each tensor that is done.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    revision: str | None
+    room: int = 0
+    settled: Callable[[PlannedTensor], None] = lambda tensor: None
+
+
+@contextmanager
+def open_source(
+    model: str | Path, near: Path | None, *, revision: str | None, token: str | None, keep_source: bool
+) -> Iterator[OpenedSource]:
+    """Opens a model for the block; a directory that exists wins over a repository of the same name.
+
+    Args:
+        model: a directory, or a repository's name.
+        near: the output directory, beside which shards are downloaded; None takes the system's temporary folder.
+        revision: branch, tag or commit of a repository.
+        token: for the Hub; None takes HF_TOKEN or the stored login.
+        keep_source: leave downloaded shards in the Hub's cache.
+
+    Raises:
+        RevisionOfDirectoryError: a revision of a local directory.
+        CheckpointError: it is no checkpoint.
+        SurogateError: see `surogate_quantize.hub.errors`.
+    """
+    if Path(model).exists() or not HUB_ID.fullmatch(str(model)):
+        if revision is not None:
+            raise RevisionOfDirectoryError(f"`revision` {revision}: {model} is a local directory; leave it out")
+        with Checkpoint.open(model) as checkpoint:
+            yield OpenedSource(checkpoint, *source_identity(checkpoint.directory))
+        return
+    stop = Event()
+    with quiet_hub(), stopping(stop), _folder(near) as folder:
+        repository = HubRepository.resolve(str(model), revision, token, stop)
+        with _named(folder / "model", repository.name):
+            yield from _opened(repository, folder, keep_source=keep_source)
+
+
+def source_identity(directory: Path) -> tuple[str, str | None]:
+    """Name and revision of a source: from the path of a Hub cache's snapshot, else the directory's name alone."""
+    path = directory.absolute()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/"), path.name
+    return path.resolve().name, None
+
+
+def _opened(repository: HubRepository, folder: Path, *, keep_source: bool) -> Iterator[OpenedSource]:
+    model, downloads = folder / "model", None if keep_source else folder / "shards"
+    files, unused = fill(repository, model, model if downloads else None)
+    if keep_source:
+        repository.remember()
+    checkpoint = HubCheckpoint(model, repository, files, downloads)
+    checkpoint.unused = unused
+    remote = sorted(file.size for file in files if repository.cached(file) is None)
+    with checkpoint:
+        yield OpenedSource(
+            checkpoint,
+            repository.name,
+            repository.commit,
+            0 if keep_source else sum(remote[-SHARDS_AT_ONCE:]),
+            lambda tensor: checkpoint.shards.settled(checkpoint.tensors[tensor.info.name].file),
+        )
+
+
+@contextmanager
+def _folder(near: Path | None) -> Iterator[Path]:
+    """A folder on the output's disk that goes with everything in it."""
+    parent = next((path for path in near.absolute().parents if path.is_dir()), None) if near is not None else None
+    with disk_errors(near or Path(tempfile.gettempdir())):
+        folder = Path(tempfile.mkdtemp(prefix=f".{near.name}-source-" if near else "surogate-source-", dir=parent))
+        (folder / "model").mkdir()
+    try:
+        yield folder.resolve()
+    finally:
+        with undisturbed():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _named(folder: Path, name: str) -> Iterator[None]:
+    """Puts the repository's name into errors in place of a folder that the user has never seen."""
+    try:
+        yield
+    except SurogateError as error:
+        if str(folder) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(folder), name)) from error
