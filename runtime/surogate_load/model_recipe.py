@@ -9,6 +9,7 @@ from torch import nn
 
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import Recipe, check_compatible
+from surogate_load.data_parallel import keep_from_broadcast
 from surogate_load.linear import QuantizedLinear
 from surogate_load.merged.projections import merge_projections
 from surogate_load.recipes import RECIPE_LAYERS
@@ -53,6 +54,7 @@ def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> No
         if callable(adopt := getattr(module, "adopt_recipe", None)):
             adopt()
     merge_projections(model)
+    keep_from_broadcast(model)
     watch(model)
     for line in notes.lines():
         _LOG.warning("recipe %s: %s", recipe.name, line)

@@ -34,3 +34,46 @@ def worker(rank, rendezvous, results):
     found = {on: one_step(rank, on) for on in (True, False)}
     torch.save({**found, "reduced": reduced}, f"{results}/{rank}")
     dist.destroy_process_group()
+
+
+def train(model, ids):
+    """The losses of four steps, and the adapters."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
+def adapted(path, recipe):
+    import peft
+
+    from surogate_load import load_model
+
+    model = load_model(path, dtype=torch.float32, recipe=recipe, emulate=True)
+    torch.manual_seed(1)
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(model, settings).train()
+
+
+def ddp_worker(rank, rendezvous, results, path, recipe, ids):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from surogate_load.recipes.delayed import delayed_scales
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    model = adapted(path, recipe)
+    wrapped = DistributedDataParallel(model)
+    losses = train(wrapped, ids[rank::2])
+    synced = [name for name, _ in model.named_parameters() if name not in wrapped.parameters_to_ignore]
+    synced += [name for name, _ in model.named_buffers() if name not in wrapped.parameters_to_ignore]
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    scales = [scale.history for scale in delayed_scales(model)]
+    torch.save({"losses": losses, "trained": trained, "scales": scales, "synced": synced}, f"{results}/{rank}")
+    dist.destroy_process_group()
