@@ -159,5 +159,5 @@ class Artifact:
 def _incomplete(directory: Path) -> IncompleteArtifactError:
     return IncompleteArtifactError(
         f"{directory}: no {MANIFEST_NAME}, so this is no finished artifact; "
-        "make one with surogate-quantize MODEL --format nf4 --out DIR"
+        "make one with surogate-quantize MODEL --format nf4 --out DIR (a dense checkpoint is for transformers)"
     )

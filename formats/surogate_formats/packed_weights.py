@@ -42,6 +42,7 @@ ACTIVATION_SCALES = frozenset(
 )
 """Endings of tensors that say how activations or the KV cache are quantized; no weight's value hangs on them."""
 
+_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "_blocks", "_scales")
 _FEW_BITS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"})
 _INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _SCALE_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
@@ -151,3 +152,7 @@ def _unused(infos: Mapping[str, TensorInfo], used: set[str], modules: Mapping[st
             )
         elif module in modules and suffix != "bias":
             raise UnreadableWeightError(f"{shown(name)}: what it does to its weight isn't known")
+    for name in infos.keys() - used:
+        module, _, suffix = name.rpartition(".")
+        if suffix.endswith(_SCALES) and module not in modules:
+            raise UnscaledWeightError(f"{shown(name)} scales no packed weight: what it is of would be read without it")

@@ -271,8 +271,9 @@ def test_a_full_disk_is_said_and_nothing_is_left(our_hub, commit, monkeypatch, t
 
 
 def test_a_token_in_an_error_of_huggingface_hub_is_not_passed_on():
-    error = translated(RuntimeError(f"Bearer {TOKEN} was refused, hf_abc too"), NAME, None)
-    assert str(error) == f"{NAME}: can't be downloaded (<token> was refused, <token> too)"
+    said = f"Bearer {TOKEN} was refused, hf_AbCdEfGhIjKlMnOp too: pip install hf_transfer"
+    error = translated(RuntimeError(said), NAME, None)
+    assert str(error) == f"{NAME}: can't be downloaded (<token> was refused, <token> too: pip install hf_transfer)"
 
 
 def test_a_weight_that_cannot_be_quantized_is_named_by_its_repository(hub, quantize, tmp_path):

@@ -10,10 +10,16 @@ import torch
 import transformers
 from runtime.layers import KINDS
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from surogate_formats.errors import UsageError
 from surogate_load import load_model
-from surogate_load.errors import ExportExistsError, ExportFailedError, UnreadableAdapterError
+from surogate_load.errors import (
+    ExportExistsError,
+    ExportFailedError,
+    MergeUnsupportedError,
+    UnreadableAdapterError,
+)
 from surogate_load.export import checkpoint
 from surogate_load.export.dense import dequantize
 from surogate_load.export.merging import merge
@@ -79,6 +85,48 @@ def test_merging_is_the_adapter_at_work(artifact, kind, settings, tmp_path):
     merge(path, tmp_path / "adapter", tmp_path / "merged", "float32")
     torch.testing.assert_close(logits(dense(tmp_path / "merged", dtype="auto")), logits(model), rtol=1e-3, atol=1e-4)
     assert (logits(model) - logits(load_model(path, dtype=torch.float32))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (peft.LoraConfig(target_modules=["embed_tokens", "q_proj"]), "adapter on model.embed_tokens, which is tied"),
+        (peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), "another model.embed_tokens"),
+        (peft.LoraConfig(target_modules=["q_proj"], bias="all"), "bias='all'"),
+        (peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "trainable_token_indices"),
+        (peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4), "BOFT"),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_what_would_be_merged_wrongly_is_refused(artifact, tmp_path, settings, reason):
+    path = artifact("nf4", tie_word_embeddings=True)
+    peft.get_peft_model(load_model(path, dtype=torch.float32), settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MergeUnsupportedError, match=reason):
+        merge(path, tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_a_tied_model_with_another_head(artifact, tmp_path):
+    path = artifact("nf4", tie_word_embeddings=True)
+    model = adapted(path, tmp_path / "adapter", {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]})
+    merge(path, tmp_path / "adapter", tmp_path / "merged", "float32")
+    torch.testing.assert_close(logits(dense(tmp_path / "merged", dtype="auto")), logits(model), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["half", "other names"])
+def test_an_adapter_that_peft_would_load_in_part(artifact, tmp_path, change):
+    path = artifact("nf4")
+    adapted(path, tmp_path / "adapter", {})
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    if change == "half":
+        tensors = {name: tensor for name, tensor in tensors.items() if "layers.0" in name}
+    else:
+        tensors = {name.replace("layers", "blocks"): tensor for name, tensor in tensors.items()}
+    save_file(tensors, file)
+    with pytest.raises(UnreadableAdapterError, match="is missing"):
+        merge(path, tmp_path / "adapter", tmp_path / "merged")
 
 
 def adapted(path, where, settings):
@@ -155,3 +203,9 @@ def test_commands(artifact, tmp_path):
     )
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.splitlines()[-1].startswith("Error: ")
+
+
+def test_an_adapter_of_another_base_is_said(artifact, tmp_path, caplog):
+    adapted(artifact("nf4"), tmp_path / "adapter", {})
+    merge(artifact("fp4"), tmp_path / "adapter", tmp_path / "merged")
+    assert "was trained on" in caplog.text

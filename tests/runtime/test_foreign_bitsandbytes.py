@@ -210,7 +210,7 @@ def test_an_adapter_merges_into_it(checkpoint, tmp_path):
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     delta = model.get_base_model().get_submodule(UP).get_delta_weight("default")
     expected = (their_weights(path)[UP].float() + delta.float()).bfloat16()
-    assert (merged[f"{UP}.weight"].float() - expected.float()).abs().max() <= 2**-8 * expected.abs().max()
+    assert (merged[f"{UP}.weight"].float() - expected.float()).abs().max() <= 2**-7 * expected.abs().max()
 
 
 def test_generate_says_what_the_dense_model_says(checkpoint, tmp_path):

@@ -10,9 +10,11 @@ from torch import nn
 
 import surogate_load
 from surogate_formats.errors import UsageError
+from surogate_formats.recipe import Recipe
 from surogate_load import MicroStep, load_model
 from surogate_load.errors import NoLayersError
 from surogate_load.step.capturable import why_eager
+from surogate_load.step.capture import Gradients
 from surogate_load.step.checkpointing import without_random_state
 from surogate_load.step.regional import compile_layers, decoder_layers
 
@@ -178,3 +180,32 @@ def test_captured_trainer_trains_as_the_trainer(artifact, tmp_path):
     assert ends[0][0] == pytest.approx(ends[1][0])
     torch.testing.assert_close(ends[0][1], ends[1][1])
     assert type(trainer).__name__ == "CapturedTrainer"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.eval(),
+        lambda model: model.base_model.model.model.layers[0].self_attn.eval(),
+        lambda model: model.base_model.model.model.layers[0].self_attn.q_proj.scaling.update(default=99.0),
+        lambda model: model.gradient_checkpointing_enable(),
+        lambda model: model.disable_adapter_layers(),
+        lambda model: surogate_load.set_recipe(model, Recipe("fp8-hybrid"), emulate=True),
+    ],
+    ids=["eval", "eval of a layer", "scaling", "checkpointing", "disabled", "recipe"],
+)
+def test_what_a_captured_step_no_longer_fits(artifact, change):
+    model = adapted(artifact("nf4"))
+    captured_for = Gradients(model)
+    assert captured_for.fits(model)
+    change(model)
+    assert not captured_for.fits(model)
+
+
+def test_loading_a_state_leaves_merged_weights_where_they_are(artifact):
+    """A captured graph knows their addresses."""
+    model = adapted(artifact("nf4", num_key_value_heads=4))
+    merged = model.get_base_model().model.layers[0].self_attn.merged_q_proj.parts
+    before = [part.data_ptr() for part in merged]
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
+    assert [part.data_ptr() for part in model.get_base_model().model.layers[0].self_attn.merged_q_proj.parts] == before

@@ -99,11 +99,19 @@ class CompressedTensorsLayout:
         if not isinstance(weights, dict):
             raise UnreadableConfigError("quantization_config: the group doesn't say what weights are")
         packing = expect(config, "format", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
+        if group.get("format") not in (None, packing):
+            raise UnreadableConfigError(f"quantization_config: the group's format isn't {packing}")
+        if config.get("transform_config"):
+            raise UnreadableConfigError(
+                "quantization_config: transform_config rotates activations, which isn't done here"
+            )
         expect(weights, "type", "float")
+        expect(weights, "symmetric", True)
         kept = module_names(config, "ignore")
         if packing == "nvfp4-pack-quantized":
             expect(weights, "num_bits", 4)
             expect(weights, "group_size", BLOCK)
+            expect(weights, "strategy", "tensor_group")
             return NVFP4(), kept
         expect(weights, "num_bits", 8)
         scaling = expect(weights, "strategy", "tensor", "channel", "block")

@@ -69,7 +69,10 @@ def read_state(data: bytes) -> dict[str, Any]:
         raise ArtifactError(f"its quantization state isn't one of nf4 but of {kind!r:.40}")
     nesting = state.get("nested_blocksize", NESTED_BLOCK), state.get("nested_dtype", "float32")
     if nesting != (NESTED_BLOCK, "float32"):
-        raise ArtifactError(f"its absmax is nested in blocks of {nesting[0]} {nesting[1]}, not {NESTED_BLOCK} float32")
+        raise ArtifactError(
+            f"its absmax is nested in blocks of {nesting[0]} {nesting[1]}, not {NESTED_BLOCK} float32, and would be "
+            "rounded on the way: save it without double quantization, or quantize the source with surogate-quantize"
+        )
     return state
 
 

@@ -11,7 +11,7 @@ from surogate_formats.checkpoint.errors import shown
 from surogate_formats.errors import CheckpointError, SurogateError, UsageError
 from surogate_quantize.output_errors import DiskFullError
 
-_TOKEN = re.compile(r"hf_\w+|Bearer \S+")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}|Bearer \S+")
 _GIVE_TOKEN = "`token`, HF_TOKEN or hf auth login"
 
 

@@ -73,7 +73,7 @@ def open_source(
             yield OpenedSource(checkpoint, *source_identity(checkpoint.directory))
         return
     stop = Event()
-    with quiet_hub(), stopping(stop), _folder(near) as folder:
+    with quiet_hub(), _folder(near) as folder, stopping(stop):
         repository = HubRepository.resolve(str(model), revision, token, stop)
         with _named(folder / "model", repository.name):
             yield from _opened(repository, folder, keep_source=keep_source)

@@ -59,11 +59,15 @@ def whole_directory(out: Path) -> Iterator[Path]:
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
+    except OSError as error:
+        raise ExportFailedError(f"{out}: can't be made ({error.strerror or error}); choose another place") from error
+    try:
         yield partial
         for path in partial.rglob("*"):
             _sync(path)
         _sync(partial)
         partial.rename(out)
+        _sync(out.parent)
     except OSError as error:
         raise ExportFailedError(f"{out}: can't be written ({error.strerror or error}); choose another place") from error
     finally:

@@ -16,6 +16,7 @@ from surogate_formats.checkpoint.index import INDEX
 from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.errors import UsageError
+from surogate_formats.foreign import UNUSED
 from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_load.artifact_weights import OpenArtifact
 from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
@@ -68,7 +69,7 @@ def dense_tensors(artifact: Artifact, dtype: str | None) -> Iterator[DenseTensor
         if record.decision == "quantize":
             chosen = DTYPES.get(dtype or "", record.dtype)
             yield DenseTensor(name, chosen, record.shape, partial(dense_weight, weights, name, chosen))
-        else:
+        elif record.reason != UNUSED:
             info = artifact.checkpoint.tensors[name].info
             chosen = DTYPES[dtype] if dtype is not None and info.dtype in FLOATS else info.dtype
             yield DenseTensor(name, chosen, info.shape, partial(_kept, artifact, name, chosen))
@@ -84,7 +85,7 @@ def dense_config(artifact: Artifact, dtype: str | None) -> dict[str, Any]:
 
 def sidecars(artifact: Artifact) -> dict[str, Path]:
     """The tokenizer's files and what else stands beside the weights, by their place in the directory."""
-    names = set(artifact.manifest.sidecars)
+    names = {name for name in artifact.manifest.sidecars if _is_own(artifact.path / name)}
     if artifact.foreign is not None:
         names = {path.name for path in artifact.path.iterdir() if path.suffix in _BESIDE and _is_own(path)}
     return {name: artifact.path / name for name in sorted(names - {CONFIG, INDEX, SIDECAR})}

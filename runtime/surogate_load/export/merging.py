@@ -15,7 +15,8 @@ from torch import Tensor
 
 from surogate_formats.artifact import Artifact
 from surogate_load.architecture import one_line
-from surogate_load.errors import UnreadableAdapterError
+from surogate_load.errors import MergeUnsupportedError
+from surogate_load.export.adapters import check_mergeable
 from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
 from surogate_load.export.dense import DTYPES, check_dtype, dense_config, dense_tensors, sidecars, to_numpy
 from surogate_load.loading import load_model
@@ -36,8 +37,8 @@ def merge(
 ) -> Path:
     """Writes a dense checkpoint of an artifact's model with an adapter merged in.
 
-    The sum is made in float32 and rounded once. Whatever PEFT can merge is merged (rsLoRA, DoRA, modules_to_save).
-    The packed model and a file's worth of dense tensors are in memory.
+    The sum is made in float32 and rounded once. LoRA with rsLoRA, DoRA and modules_to_save is merged; what else an
+    adapter can hold is refused, not left out. The packed model and a file's worth of dense tensors are in memory.
 
     Args:
         artifact: directory of the artifact.
@@ -51,11 +52,13 @@ def merge(
 
     Raises:
         UnreadableAdapterError: there is no such adapter, or it isn't this model's.
+        MergeUnsupportedError: it changes what can't be merged here.
         Everything that `load_model` and `dequantize` raise.
     """
     check_dtype(dtype)
     with open_local(artifact) as opened, whole_directory(Path(out)) as directory:
         model = with_adapter(load_model(artifact, "bf16", dtype=torch.float32), adapter)
+        check_mergeable(model, adapter)
         changed = {name: partial(_watched, name, make, watch) for name, make in _changed(model)}
         tensors = [_replaced(tensor, changed) for tensor in dense_tensors(opened, dtype)]
         config = dense_config(opened, dtype)
@@ -67,11 +70,7 @@ def merge(
 
 
 def _changed(model: Any) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Full name of each tensor that the adapter changes, in the model without adapters, to what gives it in float32.
-
-    Raises:
-        UnreadableAdapterError: a layer has adapters that can't be merged.
-    """
+    """Full name of each tensor that the adapter changes, in the model without adapters, to what gives it in float32."""
     for name, module in model.named_modules():
         plain = name.removeprefix(_PREFIX)
         if isinstance(module, QuantizedLoraLinear):
@@ -91,7 +90,7 @@ def _merged_in_place(name: str, layer: Any) -> Iterator[tuple[str, Callable[[], 
     try:
         layer.merge()
     except Exception as error:  # PEFT has no class for what it can't merge
-        raise UnreadableAdapterError(f"{name}: PEFT can't merge its adapter ({one_line(error)})") from error
+        raise MergeUnsupportedError(f"{name}: PEFT can't merge its adapter ({one_line(error)})") from error
     for part, parameter in base.named_parameters():
         yield f"{name}.{part}", partial(_float32, parameter)
 

@@ -201,8 +201,8 @@ class _MergedWeight(FixedDtypeModule):
             merged = merge([member.kind for member in members], [member.parts for member in members])
         if merged is None:
             raise UsageError("the loaded weights of one group have different global scales; load the artifact anew")
-        for number, part in enumerate(merged[1]):
-            self._buffers[f"part_{number}"] = part
+        for old, part in zip(self.parts, merged[1], strict=True):
+            old.copy_(part)  # where it stands: a captured graph knows addresses
         self.link()
 
     def _apply(self, fn: Mover, recurse: bool = True) -> _MergedWeight:

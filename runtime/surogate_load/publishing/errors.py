@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.errors import SurogateError, UsageError
 
-_TOKEN = re.compile(r"hf_\w+|Bearer \S+")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}|Bearer \S+")
 _AGAIN = "the same command again sends only what hasn't arrived"
 _GIVE_TOKEN = "give one with write access: --token, HF_TOKEN or hf auth login"
 

@@ -31,6 +31,7 @@ class Gradients:
         """Makes the buffers; `attach` fills them."""
         self._all = list(model.parameters())
         self._adapters = [module for module in model.modules() if hasattr(module, "disable_adapters")]
+        self._modules = list(model.modules())
         self._layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
         self.parameters = [parameter for parameter in self._all if parameter.requires_grad]
         self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -59,8 +60,17 @@ class Gradients:
             [parameter.data_ptr() if parameter.requires_grad else 0 for parameter in self._all],
             list(active) if isinstance(active, list) else [],
             [module.disable_adapters for module in self._adapters],
+            [_scaling(module) for module in self._adapters],
             [layer.recipe for layer in self._layers],
+            [module.training for module in self._modules],
+            [getattr(module, "gradient_checkpointing", False) for module in self._modules],
+            getattr(getattr(model, "config", None), "_attn_implementation", None),
         )
+
+
+def _scaling(layer: nn.Module) -> dict[str, Any]:
+    scaling = getattr(layer, "scaling", None)
+    return dict(scaling) if isinstance(scaling, dict) else {}
 
 
 class Capture:

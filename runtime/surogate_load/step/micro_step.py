@@ -30,7 +30,8 @@ class MicroStep:
     gain most. An `attention_mask` of nothing but ones is dropped; looking at one on the GPU waits for it.
 
     Args:
-        model: with quantized layers, on one device; its train mode and adapters may change, which captures anew.
+        model: with quantized layers, on one device. Its train mode, adapters, their scaling, recipe and checkpointing
+            may change, which captures anew; after other changes (modules, hooks, dropout) call `reset`.
         graphs: how many shapes are captured.
     """
 
