@@ -33,6 +33,10 @@ class DeviceMemoryError(SurogateError):
     """The device has no room for the model."""
 
 
+class TransformersTooOldError(SurogateError):
+    """The installed transformers can't load a layout into packed modules."""
+
+
 class UnknownArchitectureError(SurogateError):
     """The installed transformers can't make a model from the artifact's config.json."""
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from surogate_formats.format import Format
 from surogate_formats.layouts import Layout, RecodingLayout, stored_arrays
+from surogate_load.errors import TransformersTooOldError
 from surogate_load.linear import QuantizedLinear
 from surogate_load.weight import to_numpy, to_torch
+
+LEAST_TRANSFORMERS = "5.24"
+"""The first version in which converters of several tensors whose names begin alike were seen to work; 5.17's don't."""
 
 
 class Restore(ConversionOps):  # type: ignore[misc]
@@ -45,9 +51,18 @@ def must_restore(layout: Layout, fmt: Format) -> bool:
 
 
 def restoring(layout: Layout, fmt: Format) -> list[WeightConverter]:
-    """What has transformers restore packed weights as it loads, where that must be."""
+    """What has transformers restore packed weights as it loads, where that must be.
+
+    Raises:
+        TransformersTooOldError: its converters can't.
+    """
     if not must_restore(layout, fmt):
         return []
+    if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
+        raise TransformersTooOldError(
+            f"layout {layout.name} needs transformers {LEAST_TRANSFORMERS} or newer, {transformers.__version__} is "
+            "installed: update it, or use layout surogate"
+        )
     endings = layout.suffixes[fmt.name]
     return [WeightConverter(list(endings.values()), endings["codes"], [Restore(layout, fmt)])]
 

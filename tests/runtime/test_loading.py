@@ -21,6 +21,7 @@ from surogate_load.errors import (
     DeviceUnavailableError,
     MismatchedModelError,
     MissingExtraError,
+    TransformersTooOldError,
     UnknownArchitectureError,
     UnsupportedDeviceError,
     UnsupportedModuleError,
@@ -316,3 +317,9 @@ def test_load_model_is_the_first_thing_that_a_program_does(artifact):
     code = f"import surogate_load; surogate_load.load_model({str(artifact('nf4'))!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_transformers_that_cannot_restore_a_layout_is_named(artifact, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(TransformersTooOldError, match=r"^layout bitsandbytes needs transformers 5\.24 or newer"):
+        load_model(artifact("nf4-dynamic"))
