@@ -54,5 +54,8 @@ NUMPY: dict[str, np.dtype] = {
 }
 """The numpy dtype of each whole-byte safetensors dtype."""
 
+FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Floating-point dtypes as torch and config.json call them, to their safetensors names."""
+
 NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in NUMPY.items()}
 """The safetensors name of a numpy dtype: the inverse of `NUMPY`."""

@@ -11,7 +11,7 @@ from surogate_formats.checkpoint.directory import Directory
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.checkpoint.reader import MAX_CONFIG_SIZE
 from surogate_formats.checkpoint.strict_json import parse_object
-from surogate_formats.dtypes import BITS
+from surogate_formats.dtypes import BITS, FLOATS
 from surogate_formats.errors import ArtifactError
 from surogate_formats.format import Format, Parts, Shape, to_dict
 from surogate_formats.layouts import Layout, UnreadableConfigError, layout_of_config
@@ -28,8 +28,6 @@ UNUSED = "scales of activations, not used here"
 
 NO_HASH = ""
 """Stands for the hash of a tensor that nobody recorded."""
-
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def _manifest(checkpoint: Checkpoint, layout: Layout, packed: PackedWeights) -> 
 
 def _records(checkpoint: Checkpoint, layout: Layout, packed: PackedWeights) -> Iterator[tuple[str, TensorRecord]]:
     suffixes = layout.suffixes[packed.format.name]
-    dtype = _DTYPES.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "BF16")
+    dtype = FLOATS.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "BF16")
     parts: set[str] = set()
     for module, shape in packed.modules.items():
         names = [f"{module}.{suffixes[part]}" for part in _stored_keys(layout, packed.format, shape)]

@@ -10,7 +10,7 @@ import torch
 from surogate_load.architecture import need_transformers, one_line
 from surogate_load.errors import NoTokenizerError
 from surogate_load.loading import load_model
-from surogate_load.saved_adapter import with_adapter
+from surogate_load.saved_adapter import check_saved, with_adapter
 
 
 def generate(
@@ -41,6 +41,8 @@ def generate(
         UnreadableAdapterError: there is no such adapter, or it isn't this model's.
         Everything that `load_model` raises.
     """
+    if adapter is not None:
+        check_saved(adapter)
     transformers = need_transformers()
     model: Any = load_model(artifact, "bf16", device)
     tokenizer = _tokenizer(transformers, artifact)

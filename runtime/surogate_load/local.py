@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
 from surogate_formats.artifact import Artifact
+from surogate_formats.hub_text import HUB_ID
 from surogate_load.errors import NotDownloadedError
 
 _LOG = logging.getLogger("surogate_load")
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_local(path: str | Path) -> Artifact:
@@ -21,7 +19,7 @@ def open_local(path: str | Path) -> Artifact:
         NotDownloadedError: there is no such directory, but there may be such a repository on the Hub.
         ArtifactError, CheckpointError: it is not complete, not what it claims to be, or nothing that we read.
     """
-    if not Path(path).exists() and _HUB_ID.fullmatch(str(path)):
+    if not Path(path).exists() and HUB_ID.fullmatch(str(path)):
         name = Path(path).name
         raise NotDownloadedError(
             f"{path}: no such directory; if it is on the Hub, download it (hf download {path} --local-dir {name}) "

@@ -14,12 +14,17 @@ _SAID = 240
 """Characters of what PEFT says that reach the error's line: its first line is a heading."""
 
 
+def check_saved(adapter: str | Path) -> None:
+    """Raises `UnreadableAdapterError` where PEFT saved nothing: before a model is loaded for it."""
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise UnreadableAdapterError(f"{adapter}: no adapter_config.json; give a directory that PEFT saved")
+
+
 def with_adapter(model: Any, adapter: str | Path) -> Any:
     """A model with a saved PEFT adapter; `UnreadableAdapterError` if that isn't one for it."""
     from peft import PeftModel
 
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise UnreadableAdapterError(f"{adapter}: no adapter_config.json; give a directory that PEFT saved")
+    check_saved(adapter)
     try:
         loaded = PeftModel.from_pretrained(model, str(adapter)).eval()
         different = _different(loaded, str(adapter))

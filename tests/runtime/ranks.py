@@ -2,6 +2,7 @@
 
 import torch
 from runtime.layers import make_layer
+from runtime.lora_steps import losses_of_four_steps
 
 from surogate_formats.recipe import Recipe
 
@@ -36,19 +37,6 @@ def worker(rank, rendezvous, results):
     dist.destroy_process_group()
 
 
-def train(model, ids):
-    """The losses of four steps, and the adapters."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return losses
-
-
 def adapted(path, recipe):
     import peft
 
@@ -70,7 +58,7 @@ def ddp_worker(rank, rendezvous, results, path, recipe, ids):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     model = adapted(path, recipe)
     wrapped = DistributedDataParallel(model)
-    losses = train(wrapped, ids[rank::2])
+    losses = losses_of_four_steps(wrapped, ids[rank::2])
     synced = [name for name, _ in model.named_parameters() if name not in wrapped.parameters_to_ignore]
     synced += [name for name, _ in model.named_buffers() if name not in wrapped.parameters_to_ignore]
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

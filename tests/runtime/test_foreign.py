@@ -12,6 +12,7 @@ import transformers
 from click.testing import CliRunner
 from runtime.artifacts import is_block_linear
 from runtime.foreign import KINDS, UNUSED, write_foreign
+from runtime.lora_steps import losses_of_four_steps
 from safetensors.torch import load_file
 
 from surogate_formats.artifact import IncompleteArtifactError, NoRecordedHashesError
@@ -85,14 +86,7 @@ def test_lora_trains_on_it(foreign, kind):
     checkpoint = foreign(kind)
     torch.manual_seed(0)
     model = peft.get_peft_model(load_model(checkpoint.path), peft.LoraConfig(r=4, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of_four_steps(model, IDS)
     assert losses[-1] < losses[0] - 0.1
     base = model.get_base_model().get_submodule(UP).base_layer
     assert torch.equal(base.dequantize(torch.float32), checkpoint.weights[UP])

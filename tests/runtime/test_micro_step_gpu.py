@@ -65,7 +65,7 @@ def test_capturing_changes_nothing(artifact):
     before = [scale.current.clone() for scale in delayed_scales(model)]
     random = torch.cuda.get_rng_state()
     step = MicroStep(model)
-    given = {"input_ids": BATCHES[0], "labels": BATCHES[0], "gradient_scale": torch.zeros((), device="cuda")}
+    given = {"input_ids": BATCHES[0], "labels": BATCHES[0], "gradient_scale": torch.ones((), device="cuda")}
     step._captured(given)
     assert torch.equal(torch.cuda.get_rng_state(), random)
     assert all(torch.equal(scale.current, old) for scale, old in zip(delayed_scales(model), before, strict=True))

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from surogate_formats.dtypes import FLOATS
 from surogate_formats.dynamic_absmax import DYNAMIC_MAP
 from surogate_formats.errors import ArtifactError, UsageError
 from surogate_formats.format import Format, Parts, Shape, TensorSpec
 from surogate_formats.layouts.layout import Config, expect, module_names
 from surogate_formats.layouts.quant_state import (
-    SAFETENSORS_DTYPES,
     read_offset,
     read_shape,
     read_state,
@@ -161,7 +161,7 @@ class BitsandbytesLayout:
             ArtifactError: it is none that this layout stores; the message says what differs.
         """
         state = read_state(quant_state)
-        shape, dtype = read_shape(state), SAFETENSORS_DTYPES.get(str(state.get("dtype")))
+        shape, dtype = read_shape(state), FLOATS.get(str(state.get("dtype")))
         if shape is None or dtype is None:
             raise ArtifactError("its quantization state gives no shape [N, K] or no dtype that can be read")
         fmt = _format(state, double_quant="nested_absmax" in specs)

@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from surogate_formats.dtypes import FLOATS
 from surogate_formats.dynamic_absmax import NESTED_BLOCK
 from surogate_formats.errors import ArtifactError
 from surogate_formats.format import Shape
 from surogate_formats.nf4 import NF4
 
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-SAFETENSORS_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
-"""bitsandbytes' name of a source's dtype, which its readers dequantize to, to that of safetensors."""
+_DTYPES = {dtype: name for name, dtype in FLOATS.items()}
 
 _WIDEST = -1.2345678901234567e-308
 """No float has a longer text."""

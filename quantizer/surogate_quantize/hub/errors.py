@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.errors import CheckpointError, SurogateError, UsageError
+from surogate_formats.hub_text import reason
 from surogate_quantize.output_errors import DiskFullError
 
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}|Bearer \S+")
 _GIVE_TOKEN = "`token`, HF_TOKEN or hf auth login"
 
 
@@ -124,12 +123,6 @@ def not_cached(repo: str, file: str = "it", *, lead: str = "") -> NotCachedError
     return NotCachedError(
         f"{repo}: {lead}offline (HF_HUB_OFFLINE), and {file} isn't in the cache; go online, or hf download {repo} there"
     )
-
-
-def reason(error: BaseException) -> str:
-    """The last words of an error, on one printable line and without a token."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return shown(_TOKEN.sub("<token>", text))
 
 
 def _answered(error: Exception, repo: str) -> SurogateError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from threading import Event
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.errors import SurogateError
+from surogate_formats.hub_text import HUB_ID
 from surogate_quantize.hub.checkpoint import HubCheckpoint, fill
 from surogate_quantize.hub.errors import RevisionOfDirectoryError
 from surogate_quantize.hub.repository import HubRepository
@@ -21,9 +21,6 @@ from surogate_quantize.hub.terminal import quiet_hub
 from surogate_quantize.interruption import undisturbed
 from surogate_quantize.output_errors import disk_errors
 from surogate_quantize.plan import PlannedTensor
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-"""What the name of a model on the Hub looks like."""
 
 SHARDS_AT_ONCE = 3
 """Shards for which the disk should have room beside the artifact."""

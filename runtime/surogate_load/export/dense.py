@@ -7,30 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.checkpoint.index import INDEX
 from surogate_formats.checkpoint.reader import CONFIG
-from surogate_formats.dtypes import NUMPY
+from surogate_formats.dtypes import FLOATS, NUMPY
 from surogate_formats.errors import UsageError
 from surogate_formats.foreign import UNUSED
 from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_load.artifact_weights import OpenArtifact
 from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
 from surogate_load.local import open_local
-
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""What a dense checkpoint's weights can be, by torch's name."""
+from surogate_load.weight import TORCH_DTYPES, to_numpy
 
 _DECLARATIONS = ("quantization_config", "compression_config")
 
 _BESIDE = (".json", ".txt", ".jinja", ".model", ".spm", ".tiktoken")
 """What stands beside the weights of others, with neither weights nor code in it."""
-
-FLOATS = frozenset(DTYPES.values())
 
 
 def dequantize(artifact: str | Path, out: str | Path, dtype: str | None = None) -> Path:
@@ -58,8 +52,8 @@ def dequantize(artifact: str | Path, out: str | Path, dtype: str | None = None) 
 
 def check_dtype(dtype: str | None) -> None:
     """Raises `UsageError` for a dtype that no dense checkpoint gets here."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise UsageError(f"dtype {dtype!r}: choose one of {', '.join(FLOATS)}")
 
 
 def dense_tensors(artifact: Artifact, dtype: str | None) -> Iterator[DenseTensor]:
@@ -67,11 +61,11 @@ def dense_tensors(artifact: Artifact, dtype: str | None) -> Iterator[DenseTensor
     weights = OpenArtifact(artifact)
     for name, record in artifact.manifest.tensors.items():
         if record.decision == "quantize":
-            chosen = DTYPES.get(dtype or "", record.dtype)
+            chosen = FLOATS.get(dtype or "", record.dtype)
             yield DenseTensor(name, chosen, record.shape, partial(dense_weight, weights, name, chosen))
         elif record.reason != UNUSED:
             info = artifact.checkpoint.tensors[name].info
-            chosen = DTYPES[dtype] if dtype is not None and info.dtype in FLOATS else info.dtype
+            chosen = FLOATS[dtype] if dtype is not None and info.dtype in FLOATS.values() else info.dtype
             yield DenseTensor(name, chosen, info.shape, partial(_kept, artifact, name, chosen))
 
 
@@ -97,15 +91,9 @@ def _is_own(path: Path) -> bool:
     return path.is_file() and (here in there.parents or there.parent == here.parent.parent / "blobs")
 
 
-def to_numpy(tensor: Tensor, dtype: str) -> NDArray[Any]:
-    """A contiguous CPU tensor as an array of the same bytes."""
-    return tensor.contiguous().view(torch.uint8).numpy().view(NUMPY[dtype])
-
-
 def dense_weight(weights: OpenArtifact, name: str, dtype: str) -> NDArray[Any]:
-    """A quantized weight [N, K] in one of `FLOATS`."""
-    torch_names = {short: long for long, short in DTYPES.items()}
-    return to_numpy(weights[name.removesuffix(".weight")].dequantize(getattr(torch, torch_names[dtype])), dtype)
+    """A quantized weight [N, K] in a dtype that safetensors calls so."""
+    return to_numpy(weights[name.removesuffix(".weight")].dequantize(TORCH_DTYPES[dtype]))
 
 
 def _kept(artifact: Artifact, name: str, dtype: str) -> NDArray[Any]:

@@ -14,15 +14,17 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
 from surogate_formats.artifact import Artifact
+from surogate_formats.dtypes import FLOATS
 from surogate_load.architecture import one_line
 from surogate_load.errors import MergeUnsupportedError
 from surogate_load.export.adapters import check_mergeable
 from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
-from surogate_load.export.dense import DTYPES, check_dtype, dense_config, dense_tensors, sidecars, to_numpy
+from surogate_load.export.dense import check_dtype, dense_config, dense_tensors, sidecars
 from surogate_load.loading import load_model
 from surogate_load.local import open_local
 from surogate_load.peft_layer import QuantizedLoraLinear
-from surogate_load.saved_adapter import with_adapter
+from surogate_load.saved_adapter import check_saved, with_adapter
+from surogate_load.weight import TORCH_DTYPES, to_numpy
 
 _PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's modules."""
@@ -56,6 +58,7 @@ def merge(
         Everything that `load_model` and `dequantize` raise.
     """
     check_dtype(dtype)
+    check_saved(adapter)
     with open_local(artifact) as opened, whole_directory(Path(out)) as directory:
         model = with_adapter(load_model(artifact, "bf16", dtype=torch.float32), adapter)
         check_mergeable(model, adapter)
@@ -115,11 +118,10 @@ def _replaced(tensor: DenseTensor, changed: Mapping[str, Any]) -> DenseTensor:
 
 def _added(artifact: Artifact, changed: Mapping[str, Any], dtype: str | None) -> list[DenseTensor]:
     """Tensors that only the adapter has: a head that was tied to the embeddings and is another one now."""
-    chosen = DTYPES.get(dtype or "", "BF16")
+    chosen = FLOATS.get(dtype or "", "BF16")
     names = sorted(changed.keys() - artifact.manifest.tensors.keys())
     return [DenseTensor(n, chosen, tuple(changed[n]().shape), partial(_rounded, changed[n], chosen)) for n in names]
 
 
 def _rounded(make: Callable[[], Tensor], dtype: str) -> NDArray[Any]:
-    torch_names = {short: long for long, short in DTYPES.items()}
-    return to_numpy(make().to(getattr(torch, torch_names[dtype])), dtype)
+    return to_numpy(make().to(TORCH_DTYPES[dtype]))

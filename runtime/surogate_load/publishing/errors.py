@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.errors import SurogateError, UsageError
+from surogate_formats.hub_text import reason
 
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}|Bearer \S+")
 _AGAIN = "the same command again sends only what hasn't arrived"
 _GIVE_TOKEN = "give one with write access: --token, HF_TOKEN or hf auth login"
 
@@ -66,12 +65,6 @@ def upload_errors(repo: str) -> Iterator[None]:
         if not isinstance(error, HfHubHTTPError.__bases__[0]):
             raise
         raise _translated(error, repo) from error
-
-
-def reason(error: BaseException) -> str:
-    """An error's first line, printable and without a token."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return shown(_TOKEN.sub("<token>", text))
 
 
 def _translated(error: BaseException, repo: str) -> SurogateError:

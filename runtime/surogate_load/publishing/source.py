@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from surogate_formats.errors import SurogateError
+from surogate_formats.hub_text import HUB_ID, reason
 from surogate_formats.manifest import Manifest
-from surogate_load.publishing.errors import UnreadableCardError, reason, upload_errors
+from surogate_load.publishing.errors import UnreadableCardError, upload_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Fields of the source's card that hold for the artifact too."""
-
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def base_of(manifest: Manifest, given: str | None) -> Base | None:
     """The repository that was quantized: as given, else the recorded source if it can be one."""
     if given is not None and given != manifest.source:
         return Base(given, None)
-    if _HUB_ID.fullmatch(manifest.source):
+    if HUB_ID.fullmatch(manifest.source):
         return Base(manifest.source, manifest.revision)
     return None
 
