@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surogate_formats.artifact_checks import check_files, verify_hashes
+from surogate_formats.artifact_checks import check_files, recorded_format, recorded_recipe
+from surogate_formats.artifact_values import verify_tensors
 from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.checkpoint.directory import Directory
+from surogate_formats.checkpoint.errors import quoted, shown
+from surogate_formats.checkpoint.files import unreadable
 from surogate_formats.checkpoint.reader import CONFIG
-from surogate_formats.errors import ArtifactError, UsageError
+from surogate_formats.errors import ArtifactError
 from surogate_formats.foreign import Foreign, declared_config, read_foreign
 from surogate_formats.format import Format, Parts, Shape
-from surogate_formats.layouts import Layout, layout_of_config, stored_tensors, unpack
+from surogate_formats.layouts import Layout, UnreadableConfigError, layout_of_config, stored_tensors, unpack
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
-from surogate_formats.recipe import Recipe
-from surogate_formats.registry import from_dict
 
 
 class IncompleteArtifactError(ArtifactError):
@@ -53,8 +55,8 @@ class Artifact:
         self.foreign = foreign
         self.quantization_config: Any = foreign.config if foreign else self.config.get("quantization_config")
         self.layout: Layout = layout_of_config(self.quantization_config)
-        self.format: Format = from_dict(dict(manifest.format))
-        self.recipe = Recipe(**manifest.recipe)
+        self.format: Format = recorded_format(manifest, shown(path / MANIFEST_NAME))
+        self.recipe = recorded_recipe(manifest, shown(path / MANIFEST_NAME))
         self.modules: dict[str, Shape] = {
             name.removesuffix(".weight"): record.shape
             for name, record in manifest.tensors.items()
@@ -75,9 +77,10 @@ class Artifact:
             CheckpointError: a file is not what it claims to be.
         """
         directory = Path(path)
-        ours = (directory / MANIFEST_NAME).is_file()
-        if directory.is_dir() and not ours and not (directory / CONFIG).is_file():
-            raise _incomplete(directory)
+        with Directory(directory) as listed:
+            ours = MANIFEST_NAME in listed.names
+            if not ours and CONFIG not in listed.names:
+                raise _incomplete(directory)
         checkpoint = Checkpoint.open(directory)
         try:
             return cls._ours(directory, checkpoint) if ours else cls._of_others(directory, checkpoint)
@@ -87,14 +90,15 @@ class Artifact:
 
     @classmethod
     def _ours(cls, directory: Path, checkpoint: Checkpoint) -> Artifact:
-        manifest_path = directory / MANIFEST_NAME
-        manifest = Manifest.from_json(manifest_path.read_bytes(), str(manifest_path))
+        with Directory(directory) as listed:
+            try:
+                manifest = Manifest.read(listed)
+            except FileNotFoundError as error:  # a link to nothing
+                raise unreadable(listed.show(MANIFEST_NAME), error) from None
         try:
             return cls(directory, checkpoint, manifest)
-        except (UsageError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise ArtifactError(
-                f"{manifest_path}: holds what surogate-quant never writes ({error}); quantize again"
-            ) from error
+        except UnreadableConfigError as error:
+            raise UnreadableConfigError(f"{shown(directory / CONFIG)}: {error}; quantize again") from error
 
     @classmethod
     def _of_others(cls, directory: Path, checkpoint: Checkpoint) -> Artifact:
@@ -104,7 +108,7 @@ class Artifact:
         try:
             foreign = read_foreign(checkpoint, declared)
         except ArtifactError as error:
-            raise type(error)(f"{directory}: {error}") from error
+            raise type(error)(f"{shown(directory)}: {error}") from error
         return cls(directory, checkpoint, foreign.manifest, foreign)
 
     def __enter__(self) -> Artifact:
@@ -134,30 +138,34 @@ class Artifact:
         return self.format.dequantize(self.parts(module), self._shape(module))
 
     def verify(self) -> int:
-        """Compares every stored tensor, config.json, the index and each file beside them with the manifest's sha256.
+        """Reads every byte: files and tensors are those of the manifest's sha256, codes and scales are in range.
 
         Returns:
             The number of tensors.
 
         Raises:
             CorruptArtifactError: the first tensor or file that differs or is missing, by name.
-            NoRecordedHashesError: others quantized it.
+            PartValueError: a code or a scale is one that no weight has, whatever its hash.
+            NoRecordedHashesError: others quantized it, and every value is in range.
         """
+        count = verify_tensors(self)
         if self.foreign is not None:
             raise NoRecordedHashesError(
-                f"{self.path}: has no {MANIFEST_NAME}, so no hashes are recorded to compare with; "
-                "its names, dtypes and shapes are right"
+                f"{shown(self.path)}: has no {MANIFEST_NAME}, so no hashes are recorded to compare with; "
+                "its names, dtypes and shapes are right, and no scale or code is out of range"
             )
-        return verify_hashes(self.path, self.checkpoint, self.manifest)
+        return count
 
     def _shape(self, module: str) -> Shape:
         if module not in self.modules:
-            raise ArtifactError(f"{self.path}: no quantized module {module!r}; surogate-load inspect lists them")
+            raise ArtifactError(
+                f"{shown(self.path)}: no quantized module {quoted(module)}; surogate-load inspect lists them"
+            )
         return self.modules[module]
 
 
 def _incomplete(directory: Path) -> IncompleteArtifactError:
     return IncompleteArtifactError(
-        f"{directory}: no {MANIFEST_NAME}, so this is no finished artifact; "
+        f"{shown(directory)}: no {MANIFEST_NAME}, so this is no finished artifact; "
         "make one with surogate-quantize MODEL --format nf4 --out DIR (a dense checkpoint is for transformers)"
     )

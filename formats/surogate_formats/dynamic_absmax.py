@@ -6,6 +6,7 @@ the mean is far above the small ones.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,6 +40,9 @@ of the library that computed them."""
 DYNAMIC_MIDPOINTS: F32 = (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / np.float32(2)
 """Decision thresholds between neighbouring codes, float32 [255]; a value on a threshold takes the lower code."""
 
+NESTED_STEPS = 64
+"""The nested absmax divided by this is a little more than the widest step of the map."""
+
 NESTED_FLOOR = np.float32(1e-38)
 """Below this the reciprocal of a nested absmax would overflow."""
 
@@ -56,14 +60,20 @@ def quantize_dynamic(absmax: F32) -> Parts:
     offset = mean_absmax(absmax)
     groups = -(-absmax.size // NESTED_BLOCK)
     centred = np.pad(absmax - offset, (0, groups * NESTED_BLOCK - absmax.size)).reshape(groups, NESTED_BLOCK)
-    nested = np.max(np.abs(centred), axis=1)
-    normalized = centred * (np.float32(1) / np.maximum(nested, NESTED_FLOOR))[:, None]
-    codes = np.searchsorted(DYNAMIC_MIDPOINTS, normalized, side="left").astype(np.uint8)
+    nested: F32 = np.max(np.abs(centred), axis=1)
     return {
-        "absmax": codes.reshape(-1)[: absmax.size],
+        "absmax": dynamic_codes(absmax, nested, offset),
         "nested_absmax": nested,
         "nested_offset": np.array([offset]),
     }
+
+
+def dynamic_codes(absmax: F32, nested: F32, offset: np.float32) -> NDArray[np.uint8]:
+    """The codes of float32 [nb] under a nested absmax, float32 [groups], and an offset."""
+    inverse = np.float32(1) / np.maximum(nested, NESTED_FLOOR)
+    with np.errstate(over="ignore"):
+        normalized = (absmax - offset) * inverse[np.arange(absmax.size) // NESTED_BLOCK]
+    return np.searchsorted(DYNAMIC_MIDPOINTS, normalized, side="left").astype(np.uint8)
 
 
 def restore_dynamic(parts: Parts) -> F32:
@@ -72,3 +82,15 @@ def restore_dynamic(parts: Parts) -> F32:
     group = np.arange(codes.size) // NESTED_BLOCK
     restored: F32 = DYNAMIC_MAP[codes] * parts["nested_absmax"][group] + parts["nested_offset"][0]
     return restored
+
+
+def restore_rounded(parts: Parts) -> F32:
+    """float32 [nb] where the nesting is in bfloat16: product, offset and sum are rounded to it, one after the other."""
+    codes = parts["absmax"]
+    group = np.arange(codes.size) // NESTED_BLOCK
+    product = _bfloat16(DYNAMIC_MAP[codes] * parts["nested_absmax"][group])
+    return _bfloat16(product + _bfloat16(parts["nested_offset"]))
+
+
+def _bfloat16(values: F32) -> F32:
+    return values.astype(ml_dtypes.bfloat16).astype(np.float32)

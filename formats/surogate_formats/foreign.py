@@ -9,6 +9,7 @@ from typing import Any
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.checkpoint.directory import Directory
 from surogate_formats.checkpoint.errors import shown
+from surogate_formats.checkpoint.files import unreadable
 from surogate_formats.checkpoint.reader import MAX_CONFIG_SIZE
 from surogate_formats.checkpoint.strict_json import parse_object
 from surogate_formats.dtypes import BITS, FLOATS
@@ -55,14 +56,14 @@ class Foreign:
             UnreadableWeightError: their values are none that the layout holds.
         """
         fmt, shape, suffixes = self.packed.format, self.packed.modules[module], self.layout.suffixes
-        keys = _stored_keys(self.layout, fmt, shape)
+        keys = _stored_keys(self.layout, self.packed.stored or fmt, shape)
         stored = {key: checkpoint.read(f"{module}.{suffixes[fmt.name][key]}") for key in keys}
         if not isinstance(self.layout, BitsandbytesLayout):
             return {part: stored[part].reshape(spec.shape) for part, spec in fmt.part_specs(shape).items()}
         try:
             return self.layout.restore(fmt, stored, shape)
         except ArtifactError as error:
-            raise UnreadableWeightError(f"{checkpoint.directory}: {shown(module)}: {error}") from error
+            raise UnreadableWeightError(f"{shown(checkpoint.directory)}: {shown(module)}: {error}") from error
 
 
 def declared_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -78,7 +79,11 @@ def declared_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     with Directory(checkpoint.directory) as directory:
         if SIDECAR not in directory.names:
             return None
-        found = parse_object(directory.read(SIDECAR, MAX_CONFIG_SIZE), directory.show(SIDECAR), strict=False)
+        try:
+            data = directory.read(SIDECAR, MAX_CONFIG_SIZE)
+        except FileNotFoundError as error:  # a link to nothing
+            raise unreadable(directory.show(SIDECAR), error) from None
+        found = parse_object(data, directory.show(SIDECAR), strict=False)
     inner = found.get("quantization")
     return {"quant_method": "modelopt", **(inner if isinstance(inner, dict) else found)}
 
@@ -139,7 +144,7 @@ def _records(checkpoint: Checkpoint, layout: Layout, packed: PackedWeights) -> I
     dtype = FLOATS.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "BF16")
     parts: set[str] = set()
     for module, shape in packed.modules.items():
-        names = [f"{module}.{suffixes[part]}" for part in _stored_keys(layout, packed.format, shape)]
+        names = [f"{module}.{suffixes[part]}" for part in _stored_keys(layout, packed.stored or packed.format, shape)]
         bits = 8 * sum(checkpoint.tensors[name].info.nbytes for name in names) / max(shape[0] * shape[1], 1)
         source = packed.dtypes.get(module, dtype)
         yield f"{module}.weight", TensorRecord("quantize", PACKED, source, shape, bits, dict.fromkeys(names, NO_HASH))

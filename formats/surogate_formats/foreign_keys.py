@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from surogate_formats.checkpoint.errors import shown
 from surogate_formats.strict_yaml import TrainingConfigError
 
 
@@ -55,17 +56,17 @@ def check_foreign(path: Path, key: Any, value: Any, known: Collection[str], stri
     Raises:
         UnknownKeyError: it looks like one of ours, is another trainer's name for one, or `strict`.
     """
-    name = str(key)
+    name, where = str(key), shown(path)
     if name in _OTHERS_NAMES and value is not None and value is not False:
-        raise UnknownKeyError(f"{path}: {name!r} is another trainer's key; here it is {_OTHERS_NAMES[name]!r}")
+        raise UnknownKeyError(f"{where}: {name!r:.80} is another trainer's key; here it is {_OTHERS_NAMES[name]!r}")
     foreign = name in _LOOKALIKES or name in _OTHERS_NAMES or name in _WITHOUT_EFFECT
     near = [] if foreign else difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.84)
     if not near and name.startswith(_OURS):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)
     if near:
-        raise UnknownKeyError(f"{path}: unknown key {name!r}; did you mean {near[0]!r}?")
+        raise UnknownKeyError(f"{where}: unknown key {name!r:.80}; did you mean {near[0]!r}?")
     if strict:
-        raise UnknownKeyError(f"{path}: {name!r} is not a key of ours; leave out --strict to pass over such keys")
+        raise UnknownKeyError(f"{where}: {name!r:.80} is not a key of ours; leave out --strict to pass over such keys")
 
 
 def without_effect(data: Mapping[Any, Any], known: Collection[str]) -> dict[str, str]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from surogate_formats.checkpoint import SourceFile
-from surogate_formats.errors import ArtifactError
+from surogate_formats.checkpoint.directory import Directory
+from surogate_formats.checkpoint.errors import shown
+from surogate_formats.checkpoint.files import stream_of
+from surogate_formats.checkpoint.json_reader import reader_of
+from surogate_formats.manifest_reading import SCHEMA_VERSION, UnreadableManifestError, read_fields
 
 MANIFEST_NAME = "surogate.json"
-SCHEMA_VERSION = 1
+MAX_MANIFEST_SIZE = 400_000_000
+"""Bytes; a quantized weight takes some 900, so that 200 000 have room."""
 
 
 @dataclass(frozen=True)
@@ -76,37 +82,27 @@ class Manifest:
         """Reads a manifest; `where` names the file in errors.
 
         Raises:
-            ArtifactError: not JSON, of another schema version, or with fields missing or unknown.
+            OtherSchemaError: of another schema version.
+            UnreadableManifestError: not JSON, or with fields that are missing, unknown or of another kind.
         """
+        data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+        return cls(**read_fields(reader_of(data), shown(where)))
+
+    @classmethod
+    def read(cls, directory: Directory) -> Manifest:
+        """Reads the manifest of a directory, no more of it than is right.
+
+        Raises:
+            FileNotFoundError: there is none.
+            NotARegularFileError, UnreadableFileError: it is no file, or may not be read.
+            OtherSchemaError, UnreadableManifestError: see `from_json`.
+        """
+        where = directory.show(MANIFEST_NAME)
+        descriptor = directory.open(MANIFEST_NAME)
         try:
-            data = json.loads(text)
-            version = data.get("schema_version")
-            if version != SCHEMA_VERSION:
-                raise ArtifactError(
-                    f"{where}: schema version {version!r}, this version of surogate-quant reads {SCHEMA_VERSION}"
-                )
-            files = tuple(SourceFile(**entry) for entry in data.pop("files"))
-            tensors = {name: _record(entry) for name, entry in data.pop("tensors").items()}
-            _check_sidecars(data["sidecars"])
-            return cls(files=files, tensors=tensors, **data)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"{where}: not a manifest of surogate-quant ({error}); quantize again") from error
-
-
-def _check_sidecars(sidecars: dict[str, Any]) -> None:
-    for name, digest in sidecars.items():
-        if not isinstance(digest, str) or any(part in ("", ".", "..") for part in name.split("/")):
-            raise ValueError(f"sidecar {name!r}")
-
-
-def _record(entry: dict[str, Any]) -> TensorRecord:
-    record = TensorRecord(**{**entry, "shape": tuple(entry["shape"])})
-    numbers = (record.bits_per_weight, record.relative_error or 0.0, record.max_error or 0.0)
-    texts = (record.reason, record.dtype, *record.stored, *record.stored.values())
-    if record.decision not in ("quantize", "keep"):
-        raise ValueError(f"decision {record.decision!r}")
-    if not all(isinstance(number, int | float) for number in numbers) or not all(
-        isinstance(text, str) for text in texts
-    ):
-        raise TypeError("a field of another type")
-    return record
+            size = os.fstat(descriptor).st_size
+            if size > MAX_MANIFEST_SIZE:
+                raise UnreadableManifestError(f"{where}: {size} bytes, more than the {MAX_MANIFEST_SIZE} allowed")
+            return cls(**read_fields(stream_of(descriptor, where), where))
+        finally:
+            os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from surogate_formats.checkpoint.errors import shown
 from surogate_formats.errors import ArtifactError
 from surogate_formats.format import Shape, TensorSpec
 from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
+from surogate_formats.layouts.quant_state import is_rounded, read_state
 from surogate_formats.nf4 import NF4
 from surogate_formats.weight_parts import STATE, UnreadableWeightError, UnscaledWeightError
 
@@ -43,6 +45,15 @@ def format_of_headers(infos: Mapping[str, TensorInfo]) -> NF4:
         (one, first), (other, second), *_ = found.items()
         raise UnreadableWeightError(f"{shown(second)} is {_words(other)}, {shown(first)} {_words(one)}: {_ONE_FORMAT}")
     return next(iter(found), NF4(double_quant="none"))
+
+
+def as_restored(fmt: NF4, infos: Mapping[str, TensorInfo], read: Read) -> NF4:
+    """The format of the parts that weights of this one become: another if the absmax of one is nested in bfloat16.
+
+    The states must be those that `describe_weights` has read.
+    """
+    rounded = any(is_rounded(read_state(read(name))) for name in infos if name.endswith(f".{STATE}"))
+    return replace(fmt, double_quant="none") if rounded else fmt
 
 
 def describe_weights(

@@ -12,7 +12,7 @@ from surogate_formats.fp8 import FP8
 from surogate_formats.layouts import Layout
 from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
 from surogate_formats.nf4 import NF4
-from surogate_formats.packed_nf4 import Read, describe_weights, format_of_headers
+from surogate_formats.packed_nf4 import Read, as_restored, describe_weights, format_of_headers
 from surogate_formats.weight_parts import UnreadableWeightError, UnscaledWeightError, check_part, fits
 
 __all__ = [
@@ -53,16 +53,18 @@ class PackedWeights:
     """Packed weights, all of one format.
 
     Attributes:
-        format: as the config declares it, with what the headers alone say.
+        format: as the config declares it, with what the headers alone say, and bitsandbytes' states.
         modules: full name of each module to its weight's shape [N, K]; empty where the headers alone don't show it.
         unused: endings of the tensors that say how activations or the KV cache are quantized, sorted.
         dtypes: module to the safetensors dtype of its source, where the files tell.
+        stored: the format in which the files hold them, where `format` is the one that they are restored to.
     """
 
     format: Format
     modules: dict[str, Shape]
     unused: tuple[str, ...]
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    stored: Format | None = None
 
 
 def find_packed_weights(
@@ -109,7 +111,8 @@ def _find_nf4(layout: BitsandbytesLayout, infos: Mapping[str, TensorInfo], read:
     used = {f"{module}.{ending}" for module in modules for ending in endings}
     owners = {**modules, **{f"{module}.weight": shape for module, shape in modules.items()}}
     unused = tuple(sorted(set(_unused(infos, used, owners))))
-    return PackedWeights(fmt, modules, unused, {module: dtype for module, _, dtype in found})
+    dtypes = {module: dtype for module, _, dtype in found}
+    return PackedWeights(as_restored(fmt, infos, read), modules, unused, dtypes, stored=fmt)
 
 
 def _modules(infos: Mapping[str, TensorInfo], codes: str, fmt: Format) -> Iterator[tuple[str, Shape]]:

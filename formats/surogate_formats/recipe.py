@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from surogate_formats.errors import UsageError
-from surogate_formats.format import check_choice
+from surogate_formats.format import check_choice, check_type
 
 RECIPES = ("bf16", "fp8-hybrid", "nvfp4")
 
@@ -49,6 +49,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses values that the recipe doesn't have."""
+        for parameter in fields(self):
+            check_type(self.kind, parameter.name, getattr(self, parameter.name), parameter.default)
         check_choice(self.kind, "name", self.name, RECIPES)
         check_choice(self.kind, "amax_compute_algo", self.amax_compute_algo, ("max", "most_recent"))
         check_choice(self.kind, "backend", self.backend, ("cutlass", "cudnn"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from surogate_formats.checkpoint.errors import shown
 from surogate_formats.errors import UsageError
 from surogate_formats.foreign_keys import UnknownKeyError, check_foreign, without_effect
 from surogate_formats.recipe import Recipe
@@ -167,33 +168,33 @@ def _assign(values: dict[str, dict[str, Any]], path: Path, key: str, value: Any)
     try:
         parsed = entry.parse(value)
     except ValueError as error:
-        raise TrainingConfigError(f"{path}: {key} is {value!r}; expected {error}") from error
+        raise TrainingConfigError(f"{shown(path)}: {key} is {value!r:.80}; expected {error}") from error
     for target in entry.targets:
         section, _, name = target.rpartition(".")
         inverted = entry.negate and section == "fp4"
         place = values.setdefault(section, {})
         if name in place and place[name] != (not parsed if inverted else parsed):
-            raise TrainingConfigError(f"{path}: {key} contradicts another spelling of the same key")
+            raise TrainingConfigError(f"{shown(path)}: {key} contradicts another spelling of the same key")
         place[name] = not parsed if inverted else parsed
 
 
 def _build(path: Path, values: dict[str, dict[str, Any]]) -> TrainingConfig:
     formats = [name for name, on in values.get("format", {}).items() if on]
     if len(formats) > 1:
-        raise TwoFormatsError(f"{path}: {' and '.join(formats)} are both on; leave one")
+        raise TwoFormatsError(f"{shown(path)}: {' and '.join(formats)} are both on; leave one")
     by_format = {name: values[name] for name in FORMATS if name in values}
     nf4 = by_format.get("nf4", {})
     if "double_quant" in nf4:
         nf4["double_quant"] = None if nf4["double_quant"] else "none"  # on: the kind that the layout stores
     lora = Lora(**values.get("lora", {}))
     if lora.rank < 1:
-        raise TrainingConfigError(f"{path}: lora_rank is {lora.rank}; it must be at least 1")
+        raise TrainingConfigError(f"{shown(path)}: lora_rank is {lora.rank}; it must be at least 1")
     try:
         recipe = Recipe(**values.get("recipe", {}))
         for name, parameters in by_format.items():
             make_format(name, {key: value for key, value in parameters.items() if value is not None})
     except UsageError as error:
-        raise TrainingConfigError(f"{path}: {error}") from error
+        raise TrainingConfigError(f"{shown(path)}: {error}") from error
     return TrainingConfig(
         format_name=formats[0] if formats else None,
         by_format=by_format,

@@ -17,15 +17,15 @@ def boolean(value: Any) -> bool:
 
 
 def count(value: Any) -> int:
-    """A whole number, not negative."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    """A whole number, not negative, that 32 bits hold."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
         raise ValueError("a whole number, not negative")
     return value
 
 
 def text(value: Any) -> str:
     """A text that isn't empty."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or not value.isprintable():
         raise ValueError("a text")
     return value
 
@@ -48,7 +48,7 @@ def adapter_dtype(value: Any) -> str:
 def module_names(value: Any) -> str | tuple[str, ...]:
     """`all-linear`, or names of modules; one name may stand alone."""
     names = value if isinstance(value, list) else [value]
-    if not names or not all(isinstance(name, str) and name for name in names):
+    if not names or not all(isinstance(name, str) and name and name.isprintable() for name in names):
         raise ValueError(f"{ALL_LINEAR}, or a list of module names")
     return ALL_LINEAR if names in (["all"], [ALL_LINEAR]) else tuple(names)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.checkpoint.errors import shown
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.errors import ArtifactError, UsageError
 from surogate_formats.manifest import TensorRecord
@@ -62,16 +63,17 @@ def verify_against(artifact: Artifact, source: str | Path) -> Comparison:
     """
     weights = OpenArtifact(artifact)
     errors: list[float] = []
-    kept = 0
+    kept, where = 0, shown(artifact.path)
     with Checkpoint.open(source) as checkpoint:
         for name, record in artifact.manifest.tensors.items():
             array = _source_tensor(checkpoint, name, record)
             if record.decision == "quantize":
                 errors.append(_weight_error(weights, name, array))
-                _check_error(name, record, errors[-1])
+                _check_error(f"{where}: {shown(name)}", record, errors[-1])
             else:
                 kept += 1
-                _check_kept(artifact, name, array)
+                _check_kept(artifact, where, name, array)
+        checkpoint.check_unchanged()
     return Comparison(len(errors), kept, min(errors, default=0.0), max(errors, default=0.0))
 
 
@@ -79,7 +81,8 @@ def _source_tensor(checkpoint: Checkpoint, name: str, record: TensorRecord) -> N
     entry = checkpoint.tensors.get(name)
     if entry is None or entry.info.shape != record.shape:
         found = "is missing" if entry is None else f"is {list(entry.info.shape)}, not {list(record.shape)}"
-        raise NotTheSourceError(f"{checkpoint.directory}: {name} {found}; give the checkpoint that was quantized")
+        where = f"{shown(checkpoint.directory)}: {shown(name)}"
+        raise NotTheSourceError(f"{where} {found}; give the checkpoint that was quantized")
     return checkpoint.read(name)
 
 
@@ -87,7 +90,10 @@ def _weight_error(weights: OpenArtifact, name: str, source: NDArray[np.generic])
     """||dequantized - source|| / ||source||, in float64."""
     dense = weights[name.removesuffix(".weight")].dequantize().numpy()
     squares = [_squares(dense[rows], source[rows].astype(np.float64)) for rows in _pieces(len(source))]
-    error, norm = (sum(column) for column in zip(*squares, strict=True))
+    error, norm = sum(each for each, _ in squares), sum(each for _, each in squares)
+    if not (isfinite(error) and isfinite(norm)):
+        where = f"{shown(weights.artifact.path)}: {shown(name)}"
+        raise DifferentSourceError(f"{where}: a value of it, or of the source's, is no finite number")
     return sqrt(error / norm) if norm else 0.0
 
 
@@ -100,14 +106,14 @@ def _squares(dense: NDArray[np.float32], source: NDArray[np.float64]) -> tuple[f
     return float(np.square(dense - source).sum()), float(np.square(source).sum())
 
 
-def _check_error(name: str, record: TensorRecord, found: float) -> None:
+def _check_error(where: str, record: TensorRecord, found: float) -> None:
     recorded = record.relative_error
     if recorded is not None and abs(found - recorded) > TOLERANCE * recorded + 1e-6:
-        raise DifferentSourceError(f"{name}: its relative error is {found:.4f}, recorded is {recorded:.4f}")
+        raise DifferentSourceError(f"{where}: its relative error is {found:.4f}, recorded is {recorded:.4f}")
 
 
-def _check_kept(artifact: Artifact, name: str, source: NDArray[np.generic]) -> None:
+def _check_kept(artifact: Artifact, where: str, name: str, source: NDArray[np.generic]) -> None:
     stored = artifact.checkpoint.read(name)
     expected = source.astype(NUMPY[artifact.checkpoint.tensors[name].info.dtype], copy=False)
     if stored.tobytes() != expected.tobytes():
-        raise DifferentSourceError(f"{name}: was kept, and differs from the source")
+        raise DifferentSourceError(f"{where}: {shown(name)}: was kept, and differs from the source")

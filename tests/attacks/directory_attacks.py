@@ -225,7 +225,7 @@ DIRECTORY_ATTACKS: dict[str, DirectoryAttack] = {
         weights({"x.safetensors": GOOD, "y.safetensors": GOOD}), errors.DuplicateTensorError, "y.safetensors"
     ),
     **{
-        f"shard {name!r}": DirectoryAttack(indexed({"a": name}), errors.UnsafeShardNameError, INDEX)
+        f"shard {name[:40]!r}": DirectoryAttack(indexed({"a": name}), errors.UnsafeShardNameError, INDEX)
         for name in (*TRAVERSALS, *ODD_NAMES)
     },
 }

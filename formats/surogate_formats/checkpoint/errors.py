@@ -64,12 +64,16 @@ class TruncatedFileError(CheckpointError):
     """A file is shorter than its own header promises, or has become shorter since."""
 
 
+class ChangedFileError(CheckpointError):
+    """A file was written to while it was read: what was read may be of two versions."""
+
+
 class GitLfsPointerError(CheckpointError):
     """A weights file is the text stub that git leaves where git-lfs has not fetched the content."""
 
 
 class JsonTooLargeError(CheckpointError):
-    """A config or an index is larger than any real one."""
+    """A JSON text, or a value in it, is larger than any real one."""
 
 
 class JsonEncodingError(CheckpointError):
@@ -97,7 +101,7 @@ class NotAnObjectError(CheckpointError):
 
 
 class HeaderTooLargeError(CheckpointError):
-    """The first eight bytes promise a header larger than any real one: mostly not a safetensors file."""
+    """The first eight bytes promise a header larger than any real one (mostly not a safetensors file), or it is."""
 
 
 class HeaderPaddingError(CheckpointError):

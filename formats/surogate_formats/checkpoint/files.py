@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from surogate_formats.checkpoint.errors import NotARegularFileError, TruncatedFileError, UnreadableFileError
@@ -62,3 +63,19 @@ def read_at(descriptor: int, buffer: memoryview, offset: int, where: str) -> Non
         if got == 0:
             raise truncated(where, offset + len(buffer), os.fstat(descriptor).st_size)
         done += got
+
+
+def stream_of(descriptor: int, where: str) -> Callable[[int], bytes]:
+    """A function that gives the next bytes of a file, at most so many, and none at its end.
+
+    Raises:
+        UnreadableFileError: From that function, where the disk fails.
+    """
+
+    def read(count: int) -> bytes:
+        try:
+            return os.read(descriptor, count)
+        except OSError as error:
+            raise unreadable(where, error) from None
+
+    return read

@@ -21,13 +21,25 @@ from surogate_formats.checkpoint.errors import (
     shown,
 )
 from surogate_formats.checkpoint.files import open_regular, read_at, truncated
-from surogate_formats.checkpoint.strict_json import parse_object
+from surogate_formats.checkpoint.json_reader import JsonReader, reader_of
 from surogate_formats.checkpoint.tensor_info import TensorInfo, check_layout, parse_entry
 
 PREFIX_SIZE = 8
 """Bytes before the JSON: its length N."""
-MAX_HEADER_SIZE = 100_000_000
-"""Largest N accepted, in bytes; the limit of the safetensors library."""
+MAX_HEADER_SIZE = 40_000_000
+"""Largest N accepted, in bytes: 200 000 entries of 200 bytes. The safetensors library takes 100 MB, the Hub 25 MB."""
+
+MAX_OBJECTS = 262_144
+"""Most `{` of a header: one a tensor, and those in the strings of `__metadata__`."""
+
+MAX_METADATA_SIZE = 4 * 2**20
+"""Most bytes of `__metadata__`."""
+
+MAX_METADATA_KEYS = 16_384
+"""Most keys of `__metadata__`; torchao writes one a packed weight."""
+
+LONGEST_ENTRY = 2**15
+"""Most characters of a tensor's entry; one of 64 dimensions has 1500."""
 
 _METADATA = "__metadata__"
 _LFS_PREFIX = b"version "
@@ -55,7 +67,7 @@ class Header:
         return max((tensor.end for tensor in self.tensors.values()), default=self.header_size)
 
 
-def header_size(prefix: bytes, file_size: int, file: str | Path) -> int:
+def header_size(prefix: bytes | bytearray, file_size: int, file: str | Path) -> int:
     """Bytes of prefix and header of a file of `file_size` bytes, from its first 8.
 
     Raises:
@@ -77,7 +89,7 @@ def header_size(prefix: bytes, file_size: int, file: str | Path) -> int:
     return PREFIX_SIZE + length
 
 
-def parse_header(data: bytes, file_size: int, file: str | Path) -> Header:
+def parse_header(data: bytes | bytearray, file_size: int, file: str | Path) -> Header:
     """Check the header of a file of `file_size` bytes.
 
     Args:
@@ -89,26 +101,37 @@ def parse_header(data: bytes, file_size: int, file: str | Path) -> Header:
         CheckpointError: One class of `surogate_formats.checkpoint.errors` per cause.
     """
     where = shown(file)
-    size = header_size(data, file_size, where)
+    size = header_size(data[:PREFIX_SIZE], file_size, where)
     if len(data) < size:
         raise truncated(where, size, len(data))
-    text = data[PREFIX_SIZE:size]
-    if not text.startswith(b"{"):
+    view = memoryview(data)[:size]
+    if not data.startswith(b"{", PREFIX_SIZE, size):
         raise HeaderPaddingError(f"{where}: the header does not begin with '{{'; download it again")
-    if not text.rstrip(b" ").endswith(b"}"):
-        message = f"{where}: the header does not end with '}}' and spaces; download it again"
-        raise HeaderPaddingError(message)
-    entries = parse_object(text, where)
-    metadata = _metadata(entries.pop(_METADATA, {}), where)
-    tensors = [parse_entry(name, entry, size, where) for name, entry in entries.items()]
+    if data.count(b"{", PREFIX_SIZE, size) > MAX_OBJECTS:
+        raise HeaderTooLargeError(f"{where}: the header holds more than {MAX_OBJECTS} objects; download it again")
+    metadata, tensors = _entries(view, where)
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     check_layout(tensors, size, file_size, where)
     return Header(
         tensors={tensor.name: tensor for tensor in tensors},
         metadata=metadata,
         header_size=size,
-        sha256=hashlib.sha256(memoryview(data)[:size]).hexdigest(),
+        sha256=hashlib.sha256(view).hexdigest(),
     )
+
+
+def _entries(view: memoryview, where: str) -> tuple[dict[str, str], list[TensorInfo]]:
+    reader = JsonReader(reader_of(view[PREFIX_SIZE:]), where, longest=LONGEST_ENTRY)
+    metadata: dict[str, str] = {}
+    tensors = []
+    for name in reader.members():
+        if name == _METADATA:
+            metadata = _metadata(reader, where)
+        else:
+            tensors.append(parse_entry(name, reader.value(), len(view), where))
+    if any(piece.strip(" ") for piece in reader.rest()):
+        raise HeaderPaddingError(f"{where}: the header is followed by something else than spaces; download it again")
+    return metadata, tensors
 
 
 def read_header(path: Path) -> Header:
@@ -134,17 +157,33 @@ def read_open_header(descriptor: int, file: str | Path) -> Header:
     file_size = os.fstat(descriptor).st_size
     prefix = bytearray(min(PREFIX_SIZE, file_size))
     read_at(descriptor, memoryview(prefix), 0, where)
-    data = bytearray(header_size(bytes(prefix), file_size, where))
+    data = bytearray(header_size(prefix, file_size, where))
     read_at(descriptor, memoryview(data), 0, where)
-    return parse_header(bytes(data), file_size, where)
+    return parse_header(data, file_size, where)
 
 
-def _metadata(value: object, where: str) -> dict[str, str]:
-    if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
-        try:
-            "".join((*value.keys(), *value.values())).encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which nothing can write again
-            pass
-        else:
-            return value
-    raise MetadataError(f"{where}: __metadata__ is not an object of strings; download it again")
+def _metadata(reader: JsonReader, where: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if reader.next() != "{":
+        reader.value()
+        raise MetadataError(f"{where}: __metadata__ is not an object of strings; download it again")
+    room = MAX_METADATA_SIZE
+    for key in reader.members():
+        text = reader.value()
+        size = _encoded_size(key, text)
+        if size is None:
+            raise MetadataError(f"{where}: __metadata__ is not an object of strings; download it again")
+        room -= size
+        if room < 0 or len(found) == MAX_METADATA_KEYS:
+            message = f"{MAX_METADATA_SIZE} bytes or {MAX_METADATA_KEYS} keys"
+            raise MetadataError(f"{where}: __metadata__ has more than {message}; download it again")
+        found[key] = text
+    return found
+
+
+def _encoded_size(key: str, text: object) -> int | None:
+    """Bytes of two texts; None if one is none, or has half of a surrogate pair, which nothing can write again."""
+    try:
+        return len(key.encode()) + len(text.encode()) if isinstance(text, str) else None
+    except UnicodeEncodeError:
+        return None

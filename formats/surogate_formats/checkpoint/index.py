@@ -12,6 +12,7 @@ from surogate_formats.checkpoint.errors import (
     DuplicateTensorError,
     EmptyCheckpointError,
     IndexStructureError,
+    JsonTooLargeError,
     MisplacedTensorError,
     MissingShardError,
     NoWeightsError,
@@ -21,13 +22,13 @@ from surogate_formats.checkpoint.errors import (
     UnsafeShardNameError,
     quoted,
 )
-from surogate_formats.checkpoint.strict_json import parse_object
+from surogate_formats.checkpoint.json_reader import JsonReader, reader_of
 
 SUFFIX = ".safetensors"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_INDEX_SIZE = 100_000_000
-"""Largest index accepted, in bytes. An index of 92 000 tensors, a large mixture of experts, takes 9 MB."""
+MAX_INDEX_SIZE = 40_000_000
+"""Largest index accepted, in bytes. One of 92 000 tensors, a large mixture of experts, takes 9 MB."""
 
 MAX_NAME_SIZE = 1024
 """Longest shard name accepted, in bytes of UTF-8."""
@@ -95,18 +96,35 @@ def parse_index(data: bytes, file: str) -> dict[str, str]:
         IndexStructureError: `weight_map` is missing, empty, or does not map to strings.
         UnsafeShardNameError: A shard's name is not a plain relative path.
         ShardSuffixError: A shard's name does not end in `.safetensors`.
-        CheckpointError: It is not a JSON object; see `parse_object`.
+        CheckpointError: It is not a JSON object; see `JsonReader`.
     """
-    weight_map = parse_object(data, file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if len(data) > MAX_INDEX_SIZE:
+        raise JsonTooLargeError(f"{file}: {len(data)} bytes, more than the {MAX_INDEX_SIZE} allowed; download it again")
+    reader = JsonReader(reader_of(data), file)
+    weight_map: dict[str, str] = {}
+    for key in reader.members():
+        if key == "weight_map" and reader.next() == "{":
+            weight_map = _weight_map(reader, file)
+        else:
+            reader.value()
+    reader.end()
+    if not weight_map:
         message = f"{file}: has no weight_map from tensor names to file names; download it again"
         raise IndexStructureError(message)
-    for tensor, shard in weight_map.items():
+    return weight_map
+
+
+def _weight_map(reader: JsonReader, file: str) -> dict[str, str]:
+    weight_map: dict[str, str] = {}
+    known: dict[str, str] = {}
+    for tensor in reader.members():
+        shard = reader.value()
         if not isinstance(shard, str):
             message = f"{file}: the weight_map gives tensor {quoted(tensor)} no file name; download it again"
             raise IndexStructureError(message)
-    for shard in sorted(set(weight_map.values())):
-        check_shard_name(shard, file)
+        if shard not in known:
+            check_shard_name(shard, file)
+        weight_map[tensor] = known.setdefault(shard, shard)
     return weight_map
 
 
@@ -119,12 +137,19 @@ def check_shard_name(name: str, where: str) -> None:
         UnsafeShardNameError: It is absolute, too long, or holds `..`, a backslash, a colon or a control code.
         ShardSuffixError: It does not end in `.safetensors`, so it may be a pickle.
     """
-    if any(part in ("", ".", "..") for part in name.split("/")) or not _is_plain(name):
+    if not is_plain_path(name):
         message = f"{where}: shard name {quoted(name)} is not a plain relative path; do not use this checkpoint"
         raise UnsafeShardNameError(message)
     if not name.endswith(SUFFIX):
         message = f"{where}: shard name {quoted(name)} does not end in {SUFFIX}; do not use this checkpoint"
         raise ShardSuffixError(message)
+
+
+def is_plain_path(name: str) -> bool:
+    """Whether a name is a plain relative path on every system."""
+    if not name.isprintable() or "\\" in name or ":" in name or len(name.encode()) > MAX_NAME_SIZE:
+        return False
+    return not any(part in ("", ".", "..") for part in name.split("/"))
 
 
 def check_agreement(holders: Mapping[str, Sequence[str]], weight_map: Mapping[str, str] | None, where: str) -> None:
@@ -154,10 +179,6 @@ def check_agreement(holders: Mapping[str, Sequence[str]], weight_map: Mapping[st
         if tensor not in weight_map:
             message = f"{where}: tensor {quoted(tensor)} of {quoted(shards[0])} is not in {INDEX}"
             raise UnlistedTensorError(f"{message}; download both again")
-
-
-def _is_plain(name: str) -> bool:
-    return name.isprintable() and "\\" not in name and ":" not in name and len(name.encode()) <= MAX_NAME_SIZE
 
 
 def _check_numbering(names: Sequence[str], directory: str) -> None:

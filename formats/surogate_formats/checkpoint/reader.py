@@ -12,13 +12,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from surogate_formats.checkpoint.directory import Directory
 from surogate_formats.checkpoint.errors import (
+    ChangedFileError,
     MissingConfigError,
     MissingShardError,
     NoNumpyTypeError,
@@ -28,12 +29,12 @@ from surogate_formats.checkpoint.files import read_at, unreadable
 from surogate_formats.checkpoint.header import Header, read_open_header
 from surogate_formats.checkpoint.index import INDEX, MAX_INDEX_SIZE, check_agreement, find_shards
 from surogate_formats.checkpoint.quantized import is_quantized
-from surogate_formats.checkpoint.strict_json import parse_object
+from surogate_formats.checkpoint.strict_json import MAX_TEXT, parse_object
 from surogate_formats.checkpoint.tensor_info import TensorInfo
 from surogate_formats.dtypes import NUMPY
 
 CONFIG = "config.json"
-MAX_CONFIG_SIZE = 64 * 2**20
+MAX_CONFIG_SIZE = MAX_TEXT
 """Largest `config.json` accepted, in bytes."""
 
 
@@ -52,6 +53,12 @@ class SourceFile:
     name: str
     size: int
     header_sha256: str
+
+
+class _State(NamedTuple):
+    inode: tuple[int, int]
+    size: int
+    changed: int
 
 
 class Checkpoint:
@@ -78,6 +85,7 @@ class Checkpoint:
             self.config_bytes = _read_config(source)
             self.config = parse_object(self.config_bytes, source.show(CONFIG), strict=False)
             self._descriptors = {name: _open_shard(source, name, opened) for name in shards.names}
+            self._states = {name: _state(descriptor) for name, descriptor in self._descriptors.items()}
             self.headers = {
                 name: read_open_header(descriptor, source.show(name)) for name, descriptor in self._descriptors.items()
             }
@@ -152,10 +160,30 @@ class Checkpoint:
             read_at(self._descriptors[entry.file], target, entry.info.start + offset, where)
         return count
 
+    def check_unchanged(self) -> None:
+        """Call after the last read: what was read is of one state of every shard, or this says which is not.
+
+        A file that was renamed over a shard does no harm: the one that was opened is still read.
+
+        Raises:
+            ChangedFileError: A shard's size or time of change is no longer that of `open`.
+        """
+        for name, descriptor in self._descriptors.items():
+            before, now = self._states[name], _state(descriptor)
+            # Another inode: a subclass has put another file in this one's place, on purpose.
+            if now.inode == before.inode and now != before:
+                message = f"{self._where}/{name}: has changed while it was read; run it again"
+                raise ChangedFileError(message)
+
     def is_quantized(self) -> str | None:
         """The method that the checkpoint is quantized by already, None if by none."""
         infos = {name: entry.info for name, entry in self.tensors.items()}
         return is_quantized(self.config, files=self._names, tensors=infos)
+
+
+def _state(descriptor: int) -> _State:
+    status = os.fstat(descriptor)
+    return _State((status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns)
 
 
 def _read_index(source: Directory) -> bytes | None:

@@ -98,5 +98,5 @@ def layout_of_config(config: object) -> Layout:
     method = config.get("quant_method") if isinstance(config, dict) else None
     if not isinstance(method, str) or method not in QUANT_METHODS:
         known = ", ".join(QUANT_METHODS)
-        raise UnreadableConfigError(f"quantization_config: quant_method {method!r} can't be read; known: {known}")
+        raise UnreadableConfigError(f"quantization_config: quant_method {method!r:.80} can't be read; known: {known}")
     return LAYOUTS[QUANT_METHODS[method]]

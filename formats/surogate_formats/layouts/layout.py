@@ -76,7 +76,10 @@ class RecodingLayout(Protocol):
         ...
 
     def store(self, fmt: Format, parts: Parts, shape: Shape, dtype: str) -> Parts:
-        """The stored arrays of a weight whose source is of a safetensors dtype."""
+        """The stored arrays of a weight whose source is of a safetensors dtype.
+
+        The parts may be those of a band of its rows; arrays that grow with the rows are then the band's.
+        """
         ...
 
     def restore(self, fmt: Format, stored: Parts, shape: Shape) -> Parts:
@@ -157,15 +160,24 @@ def check_stored(stored: StoredTensor, array: Any) -> None:
 def expect(config: Config, key: str, *allowed: object) -> Any:
     """The config's value of `key`, if it is one of those allowed; else `UnreadableConfigError`."""
     value = config.get(key)
-    if value not in allowed:
+    if not any(_is_same(value, choice) for choice in allowed):
         wanted = " or ".join(map(repr, allowed))
-        raise UnreadableConfigError(f"quantization_config: {key} is {value!r}, expected {wanted}")
+        raise UnreadableConfigError(f"quantization_config: {key} is {value!r:.80}, expected {wanted}")
     return value
+
+
+def _is_same(value: object, choice: object) -> bool:
+    """Equal, and of one type: to Python, 1 and 1.0 are True."""
+    if isinstance(value, list) and isinstance(choice, list):
+        return len(value) == len(choice) and all(map(_is_same, value, choice))
+    return type(value) is type(choice) and value == choice
 
 
 def module_names(config: Config, key: str) -> list[str]:
     """The list of module names under `key`; a missing one is empty, anything but strings unreadable."""
-    names = config.get(key) or []
+    names = config.get(key)
+    if names is None:
+        return []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UnreadableConfigError(f"quantization_config: {key} is not a list of module names")
     return names

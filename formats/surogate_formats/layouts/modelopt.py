@@ -119,9 +119,10 @@ class ModelOptLayout:
         return specs | ({"input_scale": TensorSpec("F32", ())} if isinstance(fmt, FP8) else {})
 
     def store(self, fmt: Format, parts: Parts, shape: Shape, dtype: str) -> Parts:
-        """The parts in the shapes of `stored_specs`; `input_scale` is 1."""
+        """The parts, single values as scalars; `input_scale` is 1."""
         given = {**parts, "input_scale": np.ones((), np.float32)}
-        return {part: given[part].reshape(spec.shape) for part, spec in self.stored_specs(fmt, shape).items()}
+        specs = self.stored_specs(fmt, shape)
+        return {part: given[part].reshape(()) if spec.shape == () else given[part] for part, spec in specs.items()}
 
     def restore(self, fmt: Format, stored: Parts, shape: Shape) -> Parts:
         """The parts in the format's own shapes."""
@@ -129,7 +130,9 @@ class ModelOptLayout:
 
 
 def _weights_of(config: Mapping[str, Any]) -> list[Config]:
-    groups = config.get("config_groups") or {}
+    groups = config.get("config_groups")
+    if groups is None:
+        return []
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise UnreadableConfigError("quantization_config: config_groups is not an object of groups")
     return [group["weights"] for group in groups.values() if isinstance(group.get("weights"), dict)]

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from surogate_formats.checkpoint.errors import JsonNumberError, NotAnObjectError, quoted, shown
+from surogate_formats.checkpoint.strict_json import parse_object
 from surogate_formats.dtypes import FLOATS
 from surogate_formats.dynamic_absmax import NESTED_BLOCK
-from surogate_formats.errors import ArtifactError
+from surogate_formats.errors import ArtifactError, CheckpointError
 from surogate_formats.format import Shape
 from surogate_formats.nf4 import NF4
 
@@ -18,6 +20,9 @@ _DTYPES = {dtype: name for name, dtype in FLOATS.items()}
 
 _WIDEST = -1.2345678901234567e-308
 """No float has a longer text."""
+
+ROUNDED = "bfloat16"
+"""`nested_dtype` of what bitsandbytes packed on CPUs before it took absmax in float32."""
 
 _LONGEST = 2**31 - 1
 """Of a side of a weight: the number of its values fits into 63 bits."""
@@ -59,19 +64,29 @@ def read_state(data: bytes) -> dict[str, Any]:
         ArtifactError: it is something else.
     """
     try:
-        state = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"its quantization state is no JSON ({error})") from error
-    kind = state.get("quant_type") if isinstance(state, dict) else None
-    if not isinstance(state, dict) or kind != "nf4":
-        raise ArtifactError(f"its quantization state isn't one of nf4 but of {kind!r:.40}")
+        state = parse_object(data, "quant_state")
+    except NotAnObjectError as error:
+        raise ArtifactError(f"its quantization state isn't one of nf4 ({error})") from error
+    except JsonNumberError as error:
+        raise ArtifactError(f"a number of its quantization state is no finite float32 ({error})") from error
+    except CheckpointError as error:
+        raise ArtifactError(f"its quantization state is no JSON that we read ({error})") from error
+    kind = state.get("quant_type")
+    if kind != "nf4":
+        raise ArtifactError(f"its quantization state isn't one of nf4 but of {quoted(kind)}")
     nesting = state.get("nested_blocksize", NESTED_BLOCK), state.get("nested_dtype", "float32")
-    if nesting != (NESTED_BLOCK, "float32"):
+    if nesting not in ((NESTED_BLOCK, "float32"), (NESTED_BLOCK, ROUNDED)):
         raise ArtifactError(
-            f"its absmax is nested in blocks of {nesting[0]} {nesting[1]}, not {NESTED_BLOCK} float32, and would be "
-            "rounded on the way: save it without double quantization, or quantize the source with surogate-quantize"
+            f"its absmax is nested in blocks of {shown(nesting[0]):.20} {shown(nesting[1]):.20}, "
+            f"not {NESTED_BLOCK} float32 or {ROUNDED}: "
+            "save it without double quantization, or quantize the source with surogate-quantize"
         )
     return state
+
+
+def is_rounded(state: Mapping[str, Any]) -> bool:
+    """Whether bitsandbytes rounds the absmax of a quantization state to bfloat16 as it restores it."""
+    return state.get("nested_dtype") == ROUNDED
 
 
 def read_shape(state: Mapping[str, Any]) -> Shape | None:
@@ -84,7 +99,11 @@ def read_shape(state: Mapping[str, Any]) -> Shape | None:
 
 def read_offset(state: Mapping[str, Any]) -> float:
     """The mean of absmax in a quantization state; `ArtifactError` if there is none."""
-    offset = state.get("nested_offset")
-    if not isinstance(offset, int | float) or not abs(offset) <= float(np.finfo(np.float32).max):
+    offset: Any = state.get("nested_offset")
+    if (
+        not isinstance(offset, int | float)
+        or isinstance(offset, bool)
+        or not abs(offset) <= float(np.finfo(np.float32).max)
+    ):
         raise ArtifactError("nested_offset of its quantization state is no finite float32")
     return float(offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from surogate_formats.checkpoint.errors import shown
 from surogate_formats.errors import UsageError
 from surogate_formats.format import Format, Shape, to_dict
 from surogate_formats.layouts.layout import Config, UnreadableConfigError, expect, module_names
@@ -69,7 +70,8 @@ class SurogateLayout:
         expect(config, "layout_version", VERSION)
         name = expect(config, "format", *self.suffixes)
         parameters = {key: value for key, value in config.items() if key not in _OWN_KEYS}
+        kept = module_names(config, "modules_to_not_convert")
         try:
-            return make_format(name, parameters), module_names(config, "modules_to_not_convert")
+            return make_format(name, parameters), kept
         except UsageError as error:
-            raise UnreadableConfigError(f"quantization_config: {error}") from error
+            raise UnreadableConfigError(f"quantization_config: {shown(error)}") from error
