@@ -96,13 +96,18 @@ class OpenArtifact(Mapping[str, QuantizedWeight]):
         self.close()
 
 
-def open_artifact(path: str | Path) -> OpenArtifact:
-    """Opens a directory that surogate-quantize wrote, or that others quantized (see `load_model`).
+def open_artifact(path: str | Path, *, revision: str | None = None, token: str | None = None) -> OpenArtifact:
+    """Opens what surogate-quantize wrote, or others quantized: a directory, or a repository (see `load_model`).
+
+    Args:
+        path: the directory, or the name on the Hub.
+        revision: branch, tag or commit of a repository.
+        token: for the Hub; None takes HF_TOKEN or the stored login.
 
     Raises:
-        NotDownloadedError: the name of a model on the Hub.
         ArtifactError, CheckpointError: it is not complete, not what it claims to be, or nothing that we read.
+        SurogateError: it can't be had from the Hub; see `surogate_formats.hub_text`.
     """
-    artifact = open_local(path)
+    artifact = open_local(path, revision, token)
     say_unused(artifact)
     return OpenArtifact(artifact)

@@ -57,6 +57,10 @@ class MergeUnsupportedError(UsageError):
     """An adapter can't be merged into packed weights."""
 
 
+class DenseInitializationError(UsageError):
+    """An adapter is to be initialised from the values of a dense base, and the base is packed."""
+
+
 class QuantizerFailedError(SurogateError):
     """The quantizer, run as a process of its own, ended with an error."""
 
@@ -67,6 +71,10 @@ class SourceMissingError(UsageError):
 
 class NotDownloadedError(UsageError):
     """A path names no directory, but could name a repository on the Hub."""
+
+
+class NotPackedError(UsageError):
+    """A repository on the Hub holds a model that isn't quantized in any way."""
 
 
 class DifferentArtifactError(UsageError):

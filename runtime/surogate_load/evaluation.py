@@ -27,7 +27,7 @@ def evaluate_artifact(
     """Compares an artifact under recipe bf16 with its dense source.
 
     Args:
-        artifact: directory of the artifact.
+        artifact: directory of the artifact, or its name on the Hub.
         against: directory of the dense model; its tokenizer is used.
         text: a UTF-8 file.
         context: tokens of a window.

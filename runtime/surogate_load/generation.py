@@ -10,6 +10,7 @@ import torch
 from surogate_load.architecture import need_transformers, one_line
 from surogate_load.errors import NoTokenizerError
 from surogate_load.loading import load_model
+from surogate_load.local import local_directory
 from surogate_load.saved_adapter import check_saved, with_adapter
 
 
@@ -23,11 +24,13 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     streamer: Any = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> str:
     """What the model says after a prompt.
 
     Args:
-        artifact: directory of the artifact, with the tokenizer that the quantizer copied.
+        artifact: directory of the artifact, with the tokenizer that the quantizer copied, or its name on the Hub.
         prompt: text.
         adapter: directory of a PEFT adapter.
         device: where the model runs.
@@ -35,6 +38,8 @@ def generate(
         max_new_tokens: at most.
         temperature: 0 takes the likeliest token each time.
         streamer: of transformers, which gets the tokens as they come; made from the tokenizer if callable.
+        revision: see `load_model`.
+        token: see `load_model`.
 
     Raises:
         NoTokenizerError: the artifact has none, or no chat template where `chat` asks for it.
@@ -44,8 +49,9 @@ def generate(
     if adapter is not None:
         check_saved(adapter)
     transformers = need_transformers()
-    model: Any = load_model(artifact, "bf16", device)
-    tokenizer = _tokenizer(transformers, artifact)
+    directory = local_directory(artifact, revision, token)
+    model: Any = load_model(directory, "bf16", device)
+    tokenizer = _tokenizer(transformers, directory)
     if chat and not tokenizer.chat_template:
         raise NoTokenizerError(f"{artifact}: its tokenizer has no chat template; leave --chat out")
     if adapter is not None:

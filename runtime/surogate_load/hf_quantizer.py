@@ -5,7 +5,7 @@ Packed tensors are parameters under their names on disk, so transformers fills t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from surogate_formats.checkpoint import TensorInfo
 from surogate_formats.layouts import Layout, layout_of_config
 from surogate_formats.packed_weights import ACTIVATION_SCALES, find_packed_weights
 from surogate_load.errors import MismatchedModelError, UnsupportedModuleError
+from surogate_load.fused.projections import fuse_projections
 from surogate_load.linear import QuantizedLinear
 from surogate_load.loss.fused_head import fuse_head
-from surogate_load.merged.projections import merge_projections
-from surogate_load.packed_names import packed_modules, read_infos
+from surogate_load.packed_names import packed_modules, read_infos, reader
 from surogate_load.recoding import as_stored, must_restore, restores, restoring
 from surogate_load.saving import Origin, record_saves
 from surogate_load.stored_specs import stored_specs
@@ -69,6 +69,7 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.layout: Layout = layout_of_config(quantization_config.stored_as)
         self.format, _ = self.layout.parse_config(quantization_config.stored_as)
+        self._stored_format = self.format
         self._packed: set[str] = set()
         self._stored_names: dict[str, str] = {}
         self.origin: Origin | None = None
@@ -120,7 +121,8 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         infos = read_infos(kwargs["checkpoint_files"])
-        self.format = find_packed_weights(self.layout, self.format, infos).format
+        found = find_packed_weights(self.layout, self.format, infos, reader(kwargs["checkpoint_files"]))
+        self.format, self._stored_format = found.format, found.stored or found.format
         _, companion, *_ = self.layout.suffixes[self.format.name].values()
         dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]
         for stored, module in packed_modules(model, infos, companion):
@@ -134,6 +136,7 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"config.json declares {self.format.name} weights, but the files hold none; quantize again"
             )
         self._pass_over_unused(model, infos)
+        _untie(model, self._stored_names)
         self.origin = Origin.read(kwargs["checkpoint_files"][0], self._packed)
         record_saves()
 
@@ -145,7 +148,7 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         if must_restore(self.layout, self.format):  # saving stores by itself what these restored
             conversions: Any = model._weight_conversions
             model._weight_conversions = [each for each in conversions if not restores(each)]  # type: ignore[assignment]
-        merge_projections(model)
+        fuse_projections(model)
         fuse_head(model)
         return model
 
@@ -172,8 +175,19 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
             bias=linear.bias is not None,
             compute_dtype=dtype,
             device="meta",
-            stored=stored_specs(self.layout, stored, kind, infos),
+            stored=stored_specs(self.layout, stored, kind, infos, self._stored_format),
         )
+
+
+def _untie(model: nn.Module, packed: Collection[str]) -> None:
+    """A head that is packed by itself isn't the embedding, whatever its maker's config.json says."""
+    tied: Any = model.all_tied_weights_keys
+    own = [target for target in tied if target.removesuffix(".weight") in packed]
+    for target in own:
+        del tied[target]
+    if own:
+        for config in (model.config, model.config.get_text_config()):  # type: ignore[operator, union-attr]
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def register() -> None:

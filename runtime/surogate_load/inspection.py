@@ -85,7 +85,9 @@ def lines(found: dict[str, Any]) -> dict[str, str | list[str]]:
         "bits per weight": f"{found['bits_per_quantized_weight']:.3f} quantized, "
         f"{found['bits_per_parameter']:.3f} over the model",
         "size": f"{found['bytes'] / 1e6:.1f} MB in {found['files']} files",
-        "relative error": f"{error['least']:.4f} to {error['largest']:.4f} by weight" if error else "not recorded",
+        "relative error": f"{error['least']:.4f} to {error['largest']:.4f} by weight, against {found['source']}"
+        if error
+        else "not recorded",
         "kept": [f"{count} {reason}" for reason, count in found["kept"].items()] or ["nothing"],
         "loads in": [f"{reader}: {remark}" if remark else reader for reader, remark in found["loads_in"].items()],
     }

@@ -32,7 +32,7 @@ class QuantizedLinear(nn.Linear):
             or what a checkpoint says about activations: carried along, not used.
         compute_dtype: the dtype that base products take and give; PEFT makes adapters in it.
         recipe: how the layer multiplies, and its scaling state.
-        shared_input: the `merged.projections.SharedInput` of which the layer is a member; empty if it is alone.
+        shared_input: the `fused.projections.SharedInput` of which the layer is a member; empty if it is alone.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import torch
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import Recipe
 
-OWN = ("recipe", "device", "dtype", "emulate", "compile")
+OWN = ("recipe", "device", "dtype", "emulate", "compile", "revision", "token")
 """What `load_model` names itself."""
 
 SWITCHES = tuple(field.name for field in fields(Recipe) if field.name != "name")
@@ -26,15 +26,15 @@ CONFIG = ("use_cache", "output_attentions", "output_hidden_states", "return_dict
 
 _ONE_DEVICE = "a packed model goes to one device; pass device='cuda'"
 _IS_PACKED = "the artifact says how it is packed, and nothing is quantized at load"
-_LOCAL = "an artifact is a local directory; download it first, and pass its path"
+_CACHE = "a model on the Hub goes through its cache; HF_HOME says where that is, HF_HUB_OFFLINE=1 asks nothing else"
 _OWN_FILES = "config and weights are the artifact's own"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("max_memory", "offload_folder", "offload_buffers", "offload_state_dict"), _ONE_DEVICE),
     **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), _ONE_DEVICE),
     **dict.fromkeys(("quantization_config", "load_in_4bit", "load_in_8bit", "gguf_file"), _IS_PACKED),
-    **dict.fromkeys(("revision", "token", "cache_dir", "force_download", "proxies", "subfolder"), _LOCAL),
-    **dict.fromkeys(("local_files_only", "variant"), _LOCAL),
+    **dict.fromkeys(("cache_dir", "force_download", "proxies", "local_files_only"), _CACHE),
+    **dict.fromkeys(("subfolder", "variant"), "an artifact is a whole directory or repository"),
     **dict.fromkeys(("config", "state_dict", "key_mapping", "ignore_mismatched_sizes", "weights_only"), _OWN_FILES),
     "use_safetensors": "artifacts are safetensors, and nothing else",
     "low_cpu_mem_usage": "nothing dense is ever made; leave it out",

@@ -15,6 +15,7 @@ from surogate_formats.recipe import RECIPES, Recipe, check_compatible
 from surogate_load.architecture import model_class, model_config, need_transformers, one_line
 from surogate_load.device_choice import default_dtype, memory_errors, reachable
 from surogate_load.errors import MismatchedModelError
+from surogate_load.hub_download import repository_of
 from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, nearest, sort_keywords
 from surogate_load.local import open_local, say_unused
 from surogate_load.model_recipe import set_recipe
@@ -33,6 +34,8 @@ def load_model(
     activation_memory: float | None = None,
     device_map: Any = None,
     torch_dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
     **keywords: Any,
 ) -> Any:
     """Loads an artifact for training adapters on it, with `peft.get_peft_model` or otherwise.
@@ -46,8 +49,9 @@ def load_model(
 
     Args:
         artifact: the directory that surogate-quantize, or `save_pretrained` of a packed model, wrote; or a checkpoint
-            that others quantized: compressed-tensors NVFP4 or FP8, FP8 in 128x128 tiles, ModelOpt NVFP4 or FP8. Scales
-            of activations in it aren't used, and a warning names them.
+            that others quantized: bitsandbytes NF4, compressed-tensors NVFP4 or FP8, FP8 in 128x128 tiles, ModelOpt
+            NVFP4 or FP8. Scales of activations in it aren't used, and a warning names them. Or the name of either on
+            the Hub, such as `me/model-nf4`: what a load needs of it is downloaded into the Hub's cache.
         recipe: `bf16`, `fp8-hybrid` or `nvfp4`; by default the one that the artifact records.
         device: where the model goes; by default the CPU.
         dtype: of what isn't quantized, and of the products; by default that of the source, but float16 for bfloat16 on
@@ -57,6 +61,8 @@ def load_model(
         activation_memory: with it, what of the activations is saved for the backward, 0 to 1; see `compile_layers`.
         device_map: transformers' name for `device`, where it names one.
         torch_dtype: transformers' former name for `dtype`.
+        revision: branch, tag or commit on the Hub.
+        token: for the Hub; None takes HF_TOKEN or the stored login.
         keywords: fields of `surogate_formats.recipe.Recipe`, over those that the artifact records; or keywords of
             `from_pretrained` such as `attn_implementation`, and keys of config.json; see `load_keywords`.
 
@@ -66,7 +72,8 @@ def load_model(
     Raises:
         UsageError: an unknown recipe or keyword, a value that `compile` or `activation_memory` can't have, or a format
             and a recipe that don't go together.
-        NotDownloadedError: the name of a model on the Hub.
+        NotPackedError: the name of a model on the Hub that isn't packed.
+        SurogateError: it can't be had from the Hub; see `surogate_formats.hub_text`.
         DeviceUnavailableError: torch can't reach the device.
         DeviceMemoryError: the device has no room for the model.
         UnsupportedDeviceError: the device can't run the recipe, and `emulate` is off.
@@ -81,7 +88,7 @@ def load_model(
         raise UsageError(f"load_model: compile={compile!r} is neither 'layers' nor None")
     if activation_memory is not None and not 0 <= activation_memory <= 1:
         raise UsageError(f"load_model: activation_memory={activation_memory} is not between 0 and 1")
-    with open_local(artifact) as opened:
+    with open_local(artifact, revision, token) as opened:
         say_unused(opened)
         given = sort_keywords(keywords, opened.config.keys())
         chosen = choose_recipe(opened.recipe, recipe, given.switches)
@@ -92,6 +99,7 @@ def load_model(
         with memory_errors(opened, reached):
             model = _read_model(opened, reached, chosen_type or default_dtype(opened, reached), given)
             model.requires_grad_(False)
+            model.name_or_path = repository_of(opened.path) or model.name_or_path  # what adapters are saved with
             set_recipe(model, chosen, emulate=emulate)
     if compile is not None:
         compile_layers(model, activation_memory)

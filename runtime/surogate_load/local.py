@@ -1,4 +1,4 @@
-"""Opens a packed checkpoint by its directory; what looks like a name on the Hub gets the command that downloads it."""
+"""Opens a packed checkpoint by its directory, or by its name on the Hub."""
 
 from __future__ import annotations
 
@@ -6,26 +6,44 @@ import logging
 from pathlib import Path
 
 from surogate_formats.artifact import Artifact
-from surogate_formats.hub_text import HUB_ID
-from surogate_load.errors import NotDownloadedError
+from surogate_formats.hub_text import HUB_ID, RevisionOfDirectoryError
+from surogate_load.hub_download import download
 
 _LOG = logging.getLogger("surogate_load")
 
 
-def open_local(path: str | Path) -> Artifact:
-    """Opens a directory that surogate-quantize wrote, or that others quantized.
+def is_on_the_hub(model: str | Path) -> bool:
+    """Whether a model is named as on the Hub, and no such directory exists."""
+    return not Path(model).exists() and HUB_ID.fullmatch(str(model)) is not None
+
+
+def local_directory(model: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The directory of a packed checkpoint; one that exists wins over a repository of the same name.
+
+    Args:
+        model: a directory, or a repository's name.
+        revision: branch, tag or commit of a repository.
+        token: for the Hub; None takes HF_TOKEN or the stored login.
 
     Raises:
-        NotDownloadedError: there is no such directory, but there may be such a repository on the Hub.
-        ArtifactError, CheckpointError: it is not complete, not what it claims to be, or nothing that we read.
+        RevisionOfDirectoryError: a revision of a local directory.
+        SurogateError: see `hub_download.download`.
     """
-    if not Path(path).exists() and HUB_ID.fullmatch(str(path)):
-        name = Path(path).name
-        raise NotDownloadedError(
-            f"{path}: no such directory; if it is on the Hub, download it (hf download {path} --local-dir {name}) "
-            f"and, unless it is packed already, quantize it (surogate-quantize {name} --format nf4 --out {name}-nf4)"
-        )
-    return Artifact.open(path)
+    if is_on_the_hub(model):
+        return download(str(model), revision, token)
+    if revision is not None:
+        raise RevisionOfDirectoryError(f"`revision` {revision}: {model} is a local directory; leave it out")
+    return Path(model)
+
+
+def open_local(path: str | Path, revision: str | None = None, token: str | None = None) -> Artifact:
+    """Opens what surogate-quantize wrote, or others quantized; see `local_directory`.
+
+    Raises:
+        ArtifactError, CheckpointError: it is not complete, not what it claims to be, or nothing that we read.
+        SurogateError: see `local_directory`.
+    """
+    return Artifact.open(local_directory(path, revision, token))
 
 
 def say_unused(artifact: Artifact) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import Recipe, check_compatible
 from surogate_load.data_parallel import keep_from_broadcast
+from surogate_load.fused.projections import fuse_projections
 from surogate_load.linear import QuantizedLinear
-from surogate_load.merged.projections import merge_projections
 from surogate_load.recipes import RECIPE_LAYERS
 from surogate_load.recipes.delayed import watch
 from surogate_load.recipes.device import check_device
@@ -53,7 +53,7 @@ def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> No
     for module in model.modules():
         if callable(adopt := getattr(module, "adopt_recipe", None)):
             adopt()
-    merge_projections(model)
+    fuse_projections(model)
     keep_from_broadcast(model)
     watch(model)
     for line in notes.lines():

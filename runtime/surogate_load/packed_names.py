@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +16,21 @@ from surogate_load.errors import MismatchedModelError, PackedExpertsError
 def read_infos(files: Sequence[str]) -> dict[str, TensorInfo]:
     """Every tensor of safetensors files by name; headers alone are read."""
     return {name: info for file in files for name, info in read_header(Path(file)).tensors.items()}
+
+
+def reader(files: Sequence[str]) -> Callable[[str], bytes]:
+    """Gives the bytes of a tensor of safetensors files by its name."""
+    places: dict[str, tuple[str, TensorInfo]] = {}
+
+    def read(name: str) -> bytes:
+        if not places:  # most layouts never ask
+            places.update({tensor: (file, info) for file in files for tensor, info in read_infos([file]).items()})
+        file, info = places[name]
+        with Path(file).open("rb") as opened:
+            opened.seek(info.start)
+            return opened.read(info.nbytes)
+
+    return read
 
 
 def packed_modules(model: nn.Module, infos: Mapping[str, TensorInfo], companion: str) -> Iterator[tuple[str, str]]:

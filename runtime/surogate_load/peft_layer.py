@@ -5,6 +5,7 @@ Adapters, their names and files are PEFT's. Ours is what the recipe decides: how
 
 from __future__ import annotations
 
+import inspect
 from functools import wraps
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from surogate_load.errors import MergeUnsupportedError
+from surogate_load.errors import DenseInitializationError, MergeUnsupportedError
 from surogate_load.linear import QuantizedLinear, has_hooks
 from surogate_load.recipes.product import Adapter
 from surogate_load.recipes.token_gradient import AdapterLinear
@@ -23,6 +24,10 @@ _MERGE = (
     "an adapter can't be merged into packed weights: save it with save_pretrained, then "
     "surogate-load merge ARTIFACT ADAPTER --out DIR makes a dense checkpoint"
 )
+
+
+_FROM_DENSE = ("pissa", "olora", "corda", "loftq", "orthogonal")
+"""How PEFT's initialisations begin that read or change the base's weight."""
 
 
 class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
@@ -44,7 +49,18 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
         return fused
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Makes an adapter as PEFT does, then has the recipe choose its linears."""
+        """Makes an adapter as PEFT does, then has the recipe choose its linears.
+
+        Raises:
+            DenseInitializationError: it would start from the dense base, or change that.
+        """
+        config = inspect.signature(super().update_layer).bind(adapter_name, *args, **kwargs).arguments["config"]
+        start = config.init_lora_weights
+        if isinstance(start, str) and start.lower().startswith(_FROM_DENSE):
+            raise DenseInitializationError(
+                f"init_lora_weights={start!r} is made from a dense base, and this one is packed: leave it out, or take "
+                "'gaussian'"
+            )
         super().update_layer(adapter_name, *args, **kwargs)
         self._adopt(adapter_name)
 

@@ -24,6 +24,9 @@ from surogate_load.errors import NotDownloadedError, QuantizerFailedError
 
 _LOG = logging.getLogger("surogate_load")
 
+_OF_A_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+"""Variables by which torchrun tells a process its rank."""
+
 _KEY_LENGTH = 24
 
 
@@ -88,7 +91,9 @@ def _run_quantizer(path: Path, source: Path, config: TrainingConfig, *arguments:
 
 def _run(command: list[str]) -> tuple[int, str]:
     """Exit code, and the error's line or else the last one of stderr; the lines are logged as they come."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # It is no rank of the training run, though torchrun's variables would make it one.
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+    environment = {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     last = failure = ""
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment

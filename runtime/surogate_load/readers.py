@@ -10,10 +10,12 @@ _NOT_THESE = {
     "surogate_load": "not yet: packed experts that transformers merges are refused; --skip experts leaves them"
 }
 
+_WITH_US = "stays packed, where surogate_load is imported; an error elsewhere"
+
 _UNCALIBRATED = "rounds activations to E4M3 with scale 1, which nobody calibrated"
 
 READERS: dict[tuple[str, str], dict[str, str]] = {
-    ("nf4", "surogate"): _OWN,
+    ("nf4", "surogate"): {**_OWN, "transformers": _WITH_US},
     ("nf4", "bitsandbytes"): {
         **_OWN,
         "transformers": "stays packed; needs the package bitsandbytes",
@@ -25,7 +27,7 @@ READERS: dict[tuple[str, str], dict[str, str]] = {
     ("fp8", "hf-fp8"): {**_OWN, "transformers": "dense below SM89", "vLLM": "", "SGLang": "", "Surogate": ""},
     ("fp4", "modelopt"): {
         **_OWN,
-        "transformers": "stays packed, where surogate_load is imported; an error elsewhere",
+        "transformers": _WITH_US,
         "vLLM": "weights alone, from SM75",
         "TensorRT-LLM": "not run",
         "Surogate": "",
@@ -49,7 +51,7 @@ NOT_BF16: dict[tuple[str, str], dict[str, str]] = {
 """Remarks that replace those of `READERS` where the source isn't in bfloat16."""
 
 WITH_EXPERTS: dict[tuple[str, str], dict[str, str]] = {
-    ("nf4", "surogate"): _NOT_THESE,
+    ("nf4", "surogate"): {**_NOT_THESE, "transformers": "not these experts"},
     ("nf4", "bitsandbytes"): {**_NOT_THESE, "transformers": "not these experts (an error at load)"},
     ("fp4", "compressed-tensors"): {
         **_NOT_THESE,

@@ -21,8 +21,9 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
+    "I8": torch.int8,
 }
-"""The torch dtype of each safetensors dtype that an artifact holds."""
+"""The torch dtype of each safetensors dtype that packed tensors have; I8 is for others' zero points of activations."""
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 """The safetensors name of a torch dtype: the inverse of `TORCH_DTYPES`."""

@@ -12,11 +12,10 @@ from hub.server import TOKEN
 from huggingface_hub import file_download
 from quantizer.checkpoints import CONFIG, check_artifact, contents, llama, write_checkpoint
 
+from surogate_formats.hub_text import DownloadDiskFullError, translated
 from surogate_quantize import make_options
 from surogate_quantize import quantize as quantize_here
-from surogate_quantize.hub.errors import translated
 from surogate_quantize.hub.opening import SHARDS_AT_ONCE, open_source
-from surogate_quantize.output_errors import DiskFullError
 
 NAME = "org/model"
 FILES = {"tokenizer.json": "{}", "README.md": "a card", "modeling_custom.py": "raise SystemExit", "LICENSE": "free"}
@@ -270,7 +269,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(our_hub, commit, monkeypatch, t
         get(url, file, **keywords)
 
     monkeypatch.setattr(file_download, "http_get", full)
-    with pytest.raises(DiskFullError, match=f"^{NAME}: the disk is full while downloading .*free some space"):
+    with pytest.raises(DownloadDiskFullError, match=f"^{NAME}: the disk is full while downloading .*free some space"):
         quantize_here(NAME, tmp_path / "out", make_options("nf4", {}), keep_source=keep_source)
     assert not (tmp_path / "out").exists()
     assert not leftovers(tmp_path)

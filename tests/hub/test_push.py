@@ -146,7 +146,6 @@ def test_what_is_no_whole_artifact_never_reaches_the_hub(hub, artifact, load, wh
         ("preupload", "403", ("refuses the token", "write access")),
         ("PUT", "429", ("takes no more requests", "the same command again")),
         ("commit", "503", ("the Hub fails (503)", "nothing was published")),
-        ("commit", "changed", ("was changed meanwhile",)),
     ],
 )
 def test_a_fault_is_one_line_and_publishes_nothing(hub, artifact, load, pattern, kind, words):
@@ -155,11 +154,36 @@ def test_a_fault_is_one_line_and_publishes_nothing(hub, artifact, load, pattern,
     assert REPO not in hub.repos or hub.repos[REPO].commits == []
 
 
+def test_a_repository_that_changes_meanwhile_is_left_as_it_is(hub, artifact, load):
+    hub.add(REPO, {"notes.txt": b"mine"})
+
+    def look(line):
+        if "preupload" in line and len(hub.repos[REPO].commits) == 1:
+            hub.add(REPO, {"notes.txt": b"theirs"})
+
+    hub.watch = look
+    refused(load("push", artifact, REPO, **WRITE), 1, REPO, "was changed meanwhile")
+    assert [files for _, files in hub.repos[REPO].commits] == [{"notes.txt": b"mine"}, {"notes.txt": b"theirs"}]
+
+
 def test_without_a_token_or_an_answer(hub, artifact, load):
-    refused(load("push", artifact, REPO), 1, "refuses the token, or there is none", "--token")
-    refused(load("push", artifact, REPO, HF_ENDPOINT="http://127.0.0.1:9", **WRITE), 1, "can't be reached")
-    refused(load("push", artifact, REPO, HF_HUB_OFFLINE="1", **WRITE), 1, "offline")
-    refused(load("push", artifact, "a--b/c", **WRITE), 2, "a--b/c", "no name on the Hub")
+    for done, status, words in (
+        (load("push", artifact, REPO), 1, (REPO, "no token", "--token")),
+        (load("push", artifact, REPO, HF_ENDPOINT="http://127.0.0.1:9", **WRITE), 1, ("can't be reached",)),
+        (load("push", artifact, REPO, HF_HUB_OFFLINE="1", **WRITE), 1, ("offline",)),
+        (load("push", artifact, "a--b/c"), 2, ("a--b/c", "no name on the Hub")),
+        (load("push", artifact, REPO, "--base-model", "a--b/c"), 2, ("a--b/c", "no name on the Hub")),
+        (load("push", "nowhere", REPO), 1, ("no token",)),
+    ):
+        refused(done, status, *words)
+        assert len(done.stderr.splitlines()) == 1  # no line of the card's before the error
+    assert hub.requests == []
+
+
+def test_a_refused_token_is_all_that_is_said(hub, artifact, load):
+    done = load("push", artifact, REPO, "--token", "hf_ofSomebodyElse")
+    refused(done, 1, REPO, "the Hub refuses the token", "--token")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_push_that_broke_off_goes_on(hub, artifact, load):

@@ -14,7 +14,6 @@ from surogate_formats.artifact_checks import CorruptArtifactError
 from surogate_formats.errors import UsageError
 from surogate_load import open_artifact
 from surogate_load.artifact_weights import NoSuchModuleError
-from surogate_load.errors import NotDownloadedError
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -42,11 +41,6 @@ def test_unknown_module(artifact):
             assert str(caught.value).isprintable()
         with pytest.raises(NoSuchModuleError, match="no quantized module ''; surogate-load inspect --modules"):
             opened[""]
-
-
-def test_the_name_of_a_model_on_the_hub():
-    with pytest.raises(NotDownloadedError, match=r"hf download Qwen/Qwen3-4B --local-dir Qwen3-4B.*surogate-quantize"):
-        open_artifact("Qwen/Qwen3-4B")
 
 
 def test_damage_is_found(artifact, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -10,7 +12,7 @@ import transformers
 from click.testing import CliRunner
 from runtime.artifacts import write_artifact
 from runtime.layers import KINDS
-from runtime.test_loading import dense_twin
+from runtime.test_loading import dense_twin, python_path
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.fp8 import FP8
@@ -78,6 +80,11 @@ def test_readers_know_experts_and_dtypes():
     assert readers(fp8, layout, bf16=True) == readers(fp8, layout)
 
 
+def test_inspect_says_where_transformers_needs_us(artifact):
+    shown = run("inspect", artifact("nf4")).stdout
+    assert "transformers: stays packed, where surogate_load is imported; an error elsewhere" in shown
+
+
 def test_inspect_looks_for_experts_and_dtypes(artifact, tmp_path):
     def found(path):
         return json.loads(run("inspect", path, "--json").stdout)["loads_in"]
@@ -108,14 +115,37 @@ def test_verify(artifact, tmp_path):
     assert found.stderr.count("\n") == 1
 
 
+def test_help_is_whole_in_80_columns():
+    shown = CliRunner().invoke(main, ["--help"], terminal_width=80)
+    commands = shown.stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in commands] == sorted(main.commands)
+    assert not [line for line in commands if line.endswith("...")]
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    for name in main.commands:
+        assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("command", ["surogate-load", "surogate-quantize"])
+def test_shell_completion(command, shell):
+    module = command.replace("-", "_")
+    variable = f"_{module.upper()}_COMPLETE"
+
+    def ask(instruction, **extra):
+        line = [sys.executable, "-m", module]
+        environment = {**python_path(), variable: f"{shell}_{instruction}", **extra}
+        return subprocess.run(line, env=environment, capture_output=True, text=True, check=False).stdout
+
+    assert f"{variable}={shell}_complete" in ask("source")
+    words = {"COMP_WORDS": f"{command} --ver", "COMP_CWORD": "--ver" if shell == "fish" else "1"}
+    assert "--version" in ask("complete", **words)
+
+
 def test_what_is_no_artifact(tmp_path):
     found = run("inspect", tmp_path / "nowhere")
     assert found.exit_code == 1
     assert found.stderr.count("\n") == 1
     assert run("inspect").exit_code == 2
-    found = run("verify", "Qwen/Qwen3-4B")
-    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
-    assert "hf download" in found.stderr
 
 
 def write_tokenizer(folder):

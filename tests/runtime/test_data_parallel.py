@@ -25,5 +25,5 @@ def test_two_ranks_train_as_one(artifact, tmp_path, kind, recipe):
     both = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
     tolerance = 1e-5 if recipe == "bf16" else 2e-2  # dy of half a batch is another number of fp8 steps
     assert both == pytest.approx(losses, rel=tolerance)
-    assert not [name for name in first["synced"] if "recipe" in name or "merged" in name]
+    assert not [name for name in first["synced"] if "recipe" in name or "fused" in name]
     assert not [name for name in first["synced"] if name.endswith(("weight_absmax", "_proj.base_layer.weight"))]

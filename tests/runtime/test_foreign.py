@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from runtime.artifacts import is_block_linear
+from runtime.artifacts import is_block_linear, tiny_llama
 from runtime.foreign import KINDS, UNUSED, write_foreign
 from runtime.lora_steps import losses_of_four_steps
 from safetensors.torch import load_file
@@ -348,3 +348,42 @@ def test_packed_experts_are_refused_by_name(tmp_path):
         load_model(path)
     with open_artifact(path) as opened:
         assert len(opened) == 6
+
+
+def headed(tensors, config):
+    config["tie_word_embeddings"] = True
+    config["quantization_config"]["ignore"] = []
+
+
+@pytest.mark.parametrize("kind", ["ct-fp8-channel", "hf-fp8", "modelopt-fp8", "ct-nvfp4"])
+def test_a_packed_head_that_is_declared_tied_is_its_own(tmp_path, kind):
+    foreign = write_foreign(
+        tmp_path,
+        kind,
+        packs=lambda name, shape: is_block_linear(name, shape) or name == "lm_head.weight",
+        model=tiny_llama(num_key_value_heads=4, vocab_size=128),
+        edit=headed,
+    )
+    model = load_model(foreign.path)
+    assert type(model.lm_head) is QuantizedLinear
+    assert torch.equal(model.lm_head.dequantize(torch.float32), foreign.weights["lm_head"])
+    model.tie_weights()
+    assert model.config.tie_word_embeddings is False
+    assert model.lm_head.weight.dtype != model.get_input_embeddings().weight.dtype
+    embedded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").model.embed_tokens.weight
+    assert torch.equal(model.get_input_embeddings().weight, embedded)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float64])
+def test_zero_points_of_activations_are_not_in_the_way(tmp_path, dtype):
+    def edit(tensors, config):
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            tensors[name.replace("weight_scale", "input_zero_point")] = torch.zeros(1, dtype=dtype)
+
+    foreign = write_foreign(tmp_path, "ct-w8a8", edit=edit)
+    model = load_model(foreign.path)
+    for module, weight in foreign.weights.items():
+        assert torch.equal(model.get_submodule(module).dequantize(torch.float32), weight)
+    model.save_pretrained(tmp_path / "again")
+    saved = load_file(tmp_path / "again" / "model.safetensors")
+    assert any(name.endswith("input_zero_point") for name in saved) == (dtype == torch.int8)

@@ -10,10 +10,10 @@ from runtime.layers import make_layer
 from runtime.opcheck import check_op
 from runtime.weights import FORMATS, KINDS, make_weight, name_of
 
+from surogate_load.fused.weights import fuse
 from surogate_load.kernels import device, load_kernels
 from surogate_load.kernels.group import DequantizeGroup
 from surogate_load.kernels.source import source
-from surogate_load.merged.weights import merge
 from surogate_load.weight import WeightKind, to_torch
 
 pytestmark = pytest.mark.gpu
@@ -176,14 +176,14 @@ def test_group_of_fused_members_is_one_matrix():
     assert_equal_bits(out.view(96, 256), torch.cat(expected))
 
 
-def test_merged_weights_with_nested_offsets_of_their_own():
+def test_fused_weights_with_nested_offsets_of_their_own():
     members = [quantized(FORMATS[2], shape) for shape in ((64, 1024), (16, 1024))]
-    merged, tensors = merge([kind for kind, _ in members], [tuple(parts) for _, parts in members])
+    fused, tensors = fuse([kind for kind, _ in members], [tuple(parts) for _, parts in members])
     for dtype in DTYPES:
         expected = torch.cat([bits(kind.dequantize(parts, dtype)) for kind, parts in members])
-        assert torch.equal(bits(merged.dequantize(tensors, dtype)), expected)
+        assert torch.equal(bits(fused.dequantize(tensors, dtype)), expected)
         for offset in (0, 1):
-            assert torch.equal(bits(merged.dequantize(on_gpu(tensors, offset), dtype)), expected)
+            assert torch.equal(bits(fused.dequantize(on_gpu(tensors, offset), dtype)), expected)
 
 
 def test_group_of_two_formats_is_refused():

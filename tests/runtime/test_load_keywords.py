@@ -5,7 +5,7 @@ import torch
 
 from surogate_formats.errors import UsageError
 from surogate_load import load_model
-from surogate_load.errors import DeviceUnavailableError, NotDownloadedError
+from surogate_load.errors import DeviceUnavailableError
 from surogate_load.load_keywords import CONFIG, LOADING, REFUSED, SWITCHES, chosen_device, chosen_dtype, sort_keywords
 
 
@@ -76,9 +76,3 @@ def test_the_one_dtype(artifact):
 def test_a_device_map_that_names_an_unreachable_device(artifact):
     with pytest.raises(DeviceUnavailableError):
         load_model(artifact("nf4"), device_map={"": torch.cuda.device_count() + 3})
-
-
-def test_the_name_of_a_model_on_the_hub():
-    with pytest.raises(NotDownloadedError, match=r"hf download Qwen/Qwen3-4B --local-dir Qwen3-4B") as caught:
-        load_model("Qwen/Qwen3-4B")
-    assert str(caught.value).isprintable()

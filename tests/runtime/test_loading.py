@@ -232,7 +232,7 @@ def test_a_tensor_without_a_place_is_an_error(artifact, tmp_path):
         artifact("fp4"),
         tmp_path / "out",
         lambda t: t.update({"model.extra": torch.zeros(2, dtype=torch.bfloat16)}),
-        lambda m: m.update({"model.extra": {**extra, "stored": {"model.extra": ""}}}),
+        lambda m: m.update({"model.extra": {**extra, "stored": {"model.extra": "0" * 64}}}),
     )
     with pytest.raises(MismatchedModelError, match=r"holds model\.extra, which the model has no place for"):
         load_model(path)

@@ -202,10 +202,10 @@ def test_what_a_captured_step_no_longer_fits(artifact, change):
     assert not captured_for.fits(model)
 
 
-def test_loading_a_state_leaves_merged_weights_where_they_are(artifact):
+def test_loading_a_state_leaves_fused_weights_where_they_are(artifact):
     """A captured graph knows their addresses."""
     model = adapted(artifact("nf4", num_key_value_heads=4))
-    merged = model.get_base_model().model.layers[0].self_attn.merged_q_proj.parts
-    before = [part.data_ptr() for part in merged]
+    fused = model.get_base_model().model.layers[0].self_attn.fused_q_proj.parts
+    before = [part.data_ptr() for part in fused]
     peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
-    assert [part.data_ptr() for part in model.get_base_model().model.layers[0].self_attn.merged_q_proj.parts] == before
+    assert [part.data_ptr() for part in model.get_base_model().model.layers[0].self_attn.fused_q_proj.parts] == before

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from surogate_formats.artifact import Artifact
 from surogate_formats.recipe import Recipe
 from surogate_load import load_model
-from surogate_load.errors import MergeUnsupportedError
+from surogate_load.errors import DenseInitializationError, MergeUnsupportedError
 from surogate_load.model_recipe import set_recipe
 from surogate_load.peft_layer import QuantizedLoraLinear, register
 from surogate_load.recipes.token_gradient import AdapterLinear
@@ -148,6 +148,19 @@ def test_merging_is_one_clear_error(artifact):
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(MergeUnsupportedError, match="save_pretrained"):
             merge()
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "orthogonal"])
+def test_what_starts_from_a_dense_base_is_one_clear_error(artifact, start):
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    config.init_lora_weights = start  # set afterwards: LoftQ's config wants scipy first
+    for add in (peft.get_peft_model, adapted_twice):
+        with pytest.raises(DenseInitializationError, match=f"^init_lora_weights='{start}' is made from a dense base"):
+            add(load_model(artifact("fp8-tensor")), config)
+
+
+def adapted_twice(model, config):
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear")).add_adapter("second", config)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

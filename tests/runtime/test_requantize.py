@@ -1,6 +1,7 @@
 """`merge --requantize`: the artifact that the merged model would have given, and figures that are what they say."""
 
 import json
+import re
 
 import peft
 import pytest
@@ -147,7 +148,15 @@ def test_the_command(made, tmp_path):
     arguments = ["merge", str(path), str(adapter), "--requantize", "--out"]
     done = CliRunner().invoke(main, [*arguments, str(tmp_path / "out")])
     assert done.exit_code == 0, done.stderr
-    assert [line.split("  ")[0] for line in done.stdout.splitlines()] == ["artifact", "packed again", "adapter"]
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()] == [
+        "artifact",
+        "packed again",
+        "errors are",
+        "adapter",
+    ]
+    assert "against the merged weights in bfloat16\n" in done.stdout
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).stdout
+    assert re.search(r"relative error +\d.* by weight, against source-merged$", shown, re.MULTILINE)
     again = CliRunner().invoke(main, [*arguments, str(tmp_path / "json"), "--json"])
     rows = json.loads(again.stdout)
     assert rows["out"] == str(tmp_path / "json")
@@ -159,7 +168,7 @@ def test_the_command(made, tmp_path):
     assert json.loads(dense.stdout) == {"out": str(tmp_path / "dense")}
 
 
-def test_what_fails_leaves_nothing(made, tmp_path):
+def test_what_fails_leaves_nothing(made, tmp_path, monkeypatch):
     path, _ = made("nf4")
     adapter = adapt(path, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
@@ -169,6 +178,16 @@ def test_what_fails_leaves_nothing(made, tmp_path):
         merge_requantized(path, tmp_path, tmp_path / "new")
     with pytest.raises(UsageError, match="float8"):
         merge_requantized(path, adapter, tmp_path / "new", "float8")
+    monkeypatch.setattr("surogate_load.local.local_directory", None)  # before anything is opened, or downloaded
+    for arguments, message in (
+        (["dequantize", "me/model", "--out", tmp_path / "out"], "out: exists already"),
+        (["merge", "me/model", adapter, "--out", tmp_path / "out", "--requantize"], "out: exists already"),
+        (["merge", "me/model", tmp_path, "--out", tmp_path / "new"], "no adapter_config.json"),
+        (["generate", "me/model", "a", "--adapter", tmp_path], "no adapter_config.json"),
+    ):
+        done = CliRunner().invoke(main, list(map(str, arguments)))
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), repr(done.exception)
+        assert message in done.stderr
     assert {each.name for each in tmp_path.iterdir()} == {"adapter", "out"}
 
 

@@ -12,8 +12,8 @@ from threading import Lock
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.checkpoint.index import INDEX, MAX_INDEX_SIZE, find_shards
 from surogate_formats.checkpoint.reader import CONFIG
+from surogate_formats.hub_text import not_cached
 from surogate_formats.layouts.modelopt import SIDECAR as MODELOPT_FILE
-from surogate_quantize.hub.errors import not_cached
 from surogate_quantize.hub.repository import HubFile, HubRepository
 from surogate_quantize.hub.shards import HubShards, check
 from surogate_quantize.sidecars import TEMPLATES, is_carried

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.errors import SurogateError
-from surogate_formats.hub_text import HUB_ID
+from surogate_formats.hub_text import HUB_ID, RevisionOfDirectoryError
 from surogate_quantize.hub.checkpoint import HubCheckpoint, fill
-from surogate_quantize.hub.errors import RevisionOfDirectoryError
 from surogate_quantize.hub.repository import HubRepository
 from surogate_quantize.hub.stopping import stopping
 from surogate_quantize.hub.terminal import quiet_hub
 from surogate_quantize.interruption import undisturbed
-from surogate_quantize.output_errors import disk_errors
+from surogate_quantize.output_errors import OutputBusyError, disk_errors, locked
 from surogate_quantize.plan import PlannedTensor
 
 SHARDS_AT_ONCE = 3
@@ -35,6 +35,7 @@ class OpenedSource:
         name: what the manifest calls it.
         revision: its commit, where it is known.
         room: bytes of disk that it needs beside the artifact.
+        expect: to be told of all tensors that will be worked on, before the first.
         settled: to be told of each tensor that is done.
     """
 
@@ -42,6 +43,7 @@ class OpenedSource:
     name: str
     revision: str | None
     room: int = 0
+    expect: Callable[[Sequence[PlannedTensor]], None] = lambda tensors: None
     settled: Callable[[PlannedTensor], None] = lambda tensor: None
 
 
@@ -61,7 +63,7 @@ def open_source(
     Raises:
         RevisionOfDirectoryError: a revision of a local directory.
         CheckpointError: it is no checkpoint.
-        SurogateError: see `surogate_quantize.hub.errors`.
+        SurogateError: see `surogate_formats.hub_text`.
     """
     if Path(model).exists() or not HUB_ID.fullmatch(str(model)):
         if revision is not None:
@@ -93,28 +95,58 @@ def _opened(repository: HubRepository, folder: Path, *, keep_source: bool) -> It
     checkpoint = HubCheckpoint(model, repository, files, downloads)
     checkpoint.unused = unused
     remote = sorted(file.size for file in files if repository.cached(file) is None)
+
+    def file(tensor: PlannedTensor) -> str:
+        return checkpoint.tensors[tensor.info.name].file
+
     with checkpoint:
-        yield OpenedSource(
-            checkpoint,
-            repository.name,
-            repository.commit,
-            0 if keep_source else sum(remote[-SHARDS_AT_ONCE:]),
-            lambda tensor: checkpoint.shards.settled(checkpoint.tensors[tensor.info.name].file),
-        )
+        try:
+            yield OpenedSource(
+                checkpoint,
+                repository.name,
+                repository.commit,
+                0 if keep_source else sum(remote[-SHARDS_AT_ONCE:]),
+                lambda tensors: checkpoint.shards.expect(Counter(map(file, tensors))),
+                lambda tensor: checkpoint.shards.settled(file(tensor)),
+            )
+        finally:
+            checkpoint.shards.give_up()
 
 
 @contextmanager
 def _folder(near: Path | None) -> Iterator[Path]:
     """A folder on the output's disk that goes with everything in it."""
     parent = next((path for path in near.absolute().parents if path.is_dir()), None) if near is not None else None
-    with disk_errors(near or Path(tempfile.gettempdir())):
-        folder = Path(tempfile.mkdtemp(prefix=f".{near.name}-source-" if near else "surogate-source-", dir=parent))
-        (folder / "model").mkdir()
-    try:
-        yield folder.resolve()
-    finally:
-        with undisturbed():
-            shutil.rmtree(folder, ignore_errors=True)
+    prefix = f".{near.name}-source-" if near else "surogate-source-"
+    with ExitStack() as stack:
+        with disk_errors(near or Path(tempfile.gettempdir())):
+            if parent is not None:
+                _clear(parent, prefix)
+            folder = _made(parent, prefix, stack)
+            (folder / "model").mkdir()
+        try:
+            yield folder.resolve()
+        finally:
+            with undisturbed():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _made(parent: Path | None, prefix: str, stack: ExitStack) -> Path:
+    """A new folder, held until the stack unwinds."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(OutputBusyError, FileNotFoundError):
+            stack.enter_context(locked(folder))
+            if folder.exists():  # else another run took it for a leftover, in the moment before it was held
+                return folder
+
+
+def _clear(parent: Path, prefix: str) -> None:
+    """Removes what killed runs have left: folders that no process holds."""
+    for folder in [entry for entry in parent.iterdir() if entry.name.startswith(prefix)]:
+        if folder.is_dir() and not folder.is_symlink():
+            with suppress(OutputBusyError, OSError), locked(folder, surely=True):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from surogate_formats.checkpoint.header import PREFIX_SIZE, header_size
 from surogate_formats.checkpoint.reader import CONFIG
-from surogate_quantize.hub.errors import hub_errors, not_cached
+from surogate_formats.hub_text import hub_errors, not_cached
 from surogate_quantize.hub.terminal import bar_class
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class HubRepository:
         """Asks the Hub, or offline the cache, which commit a revision is.
 
         Raises:
-            SurogateError: see `surogate_quantize.hub.errors`.
+            SurogateError: see `surogate_formats.hub_text`.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.errors import OfflineModeIsEnabled
@@ -105,7 +105,7 @@ class HubRepository:
 
         Raises:
             StoppedError: `stop` was set meanwhile.
-            SurogateError: see `surogate_quantize.hub.errors`.
+            SurogateError: see `surogate_formats.hub_text`.
         """
         if self.offline:
             raise not_cached(self.name, file.name)
@@ -125,7 +125,7 @@ class HubRepository:
 
         Raises:
             CheckpointError: it can't be one.
-            SurogateError: see `surogate_quantize.hub.errors`.
+            SurogateError: see `surogate_formats.hub_text`.
         """
         where = f"{self.name}/{file.name}"
         with hub_errors(self.name), self._opened(file) as reader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ PIECE = 1 << 20
 
 LOOK_EVERY = 0.1
 """Seconds between two looks at whether the run was ended."""
+
+LAST_WAIT = 1.0
+"""Seconds that downloads get to end in once they were told to: one that gets no bytes isn't told."""
 
 _Place = Callable[[str, Path], None]
 
@@ -63,7 +67,7 @@ class HubShards:
         Raises:
             DamagedDownloadError: its bytes aren't those that the Hub has.
             StoppedError: the run was ended meanwhile.
-            SurogateError: see `surogate_quantize.hub.errors`.
+            SurogateError: see `surogate_formats.hub_text`.
         """
         arrival = self._arrivals.get(name)
         if arrival is None or not arrival.done.is_set():
@@ -91,6 +95,15 @@ class HubShards:
             os.truncate(path, 0)  # the reader's descriptor would keep the bytes on the disk
             path.unlink()
 
+    def give_up(self) -> None:
+        """Ends the downloads under way, and waits for them: what they write to may go afterwards."""
+        self._repository.stop.set()
+        end = time.monotonic() + LAST_WAIT
+        with self._lock:
+            arrivals = list(self._arrivals.values())
+        for arrival in arrivals:
+            arrival.done.wait(max(0.0, end - time.monotonic()))
+
     def _start(self, name: str) -> _Arrival:
         with self._lock:
             arrival = self._arrivals.get(name)
@@ -108,6 +121,8 @@ class HubShards:
         file = self._files[name]
         try:
             path = self._repository.cached(file)
+            if self._repository.stop.is_set():
+                raise StoppedError("the run was ended")
             if path is None:
                 path = self._repository.download(file, self._folder)
             check(self._repository, file, path)

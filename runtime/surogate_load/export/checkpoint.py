@@ -46,6 +46,12 @@ class DenseTensor:
         return prod(self.shape) * BITS[self.dtype] // 8
 
 
+def check_absent(out: Path) -> None:
+    """Raises `ExportExistsError` if there is something where a directory is to be written."""
+    if out.exists() or out.is_symlink():
+        raise ExportExistsError(f"{out}: exists already; choose another directory")
+
+
 @contextmanager
 def whole_directory(out: Path) -> Iterator[Path]:
     """A folder that is renamed to `out` when the block ends well, and removed when it doesn't.
@@ -54,8 +60,7 @@ def whole_directory(out: Path) -> Iterator[Path]:
         ExportExistsError: there is something at `out` already.
         ExportFailedError: the disk refuses.
     """
-    if out.exists() or out.is_symlink():
-        raise ExportExistsError(f"{out}: exists already; choose another directory")
+    check_absent(out)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

@@ -31,7 +31,7 @@ def dequantize(artifact: str | Path, out: str | Path, dtype: str | None = None) 
     """Writes an artifact as a dense checkpoint, a file's worth of tensors in memory at a time.
 
     Args:
-        artifact: directory of the artifact.
+        artifact: directory of the artifact, or its name on the Hub.
         out: a directory that doesn't exist yet.
         dtype: `bfloat16`, `float16` or `float32` for every floating-point tensor; by default each weight gets the dtype
             that it had in the source. Values are rounded once, from float32.

@@ -43,7 +43,7 @@ def merge(
     adapter can hold is refused, not left out. The packed model and a file's worth of dense tensors are in memory.
 
     Args:
-        artifact: directory of the artifact.
+        artifact: directory of the artifact, or its name on the Hub.
         adapter: directory that `PeftModel.save_pretrained` wrote.
         out: a directory that doesn't exist yet.
         dtype: as in `dequantize`.
@@ -60,7 +60,7 @@ def merge(
     check_dtype(dtype)
     check_saved(adapter)
     with open_local(artifact) as opened, whole_directory(Path(out)) as directory:
-        model = with_adapter(load_model(artifact, "bf16", dtype=torch.float32), adapter)
+        model = with_adapter(load_model(opened.path, "bf16", dtype=torch.float32), adapter)
         check_mergeable(model, adapter)
         changed = {name: partial(_watched, name, make, watch) for name, make in _changed(model)}
         tensors = [_replaced(tensor, changed) for tensor in dense_tensors(opened, dtype)]

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.dtypes import FLOATS
 from surogate_formats.errors import UsageError
 from surogate_formats.manifest import Manifest
 from surogate_load.artifact_weights import OpenArtifact
-from surogate_load.errors import ExportExistsError, ExportFailedError, QuantizerFailedError
+from surogate_load.errors import ExportFailedError, QuantizerFailedError
+from surogate_load.export.checkpoint import check_absent
 from surogate_load.export.merging import merge
 from surogate_load.export.recorded_options import quantizer_arguments, training_settings
 from surogate_load.local import open_local
@@ -41,6 +43,7 @@ class Requantized:
         change: ||merged - before|| / ||before|| of these; None if there are none.
         relative_error: ||packed - merged|| / ||merged|| of these; None if there are none.
         largest_error: the largest relative error of a weight, adapted or not.
+        against: dtypes of the merged weights that errors are relative to: the float32 sums, rounded once.
     """
 
     out: Path
@@ -49,12 +52,14 @@ class Requantized:
     change: float | None
     relative_error: float | None
     largest_error: float
+    against: tuple[str, ...]
 
     def lines(self) -> dict[str, str]:
         """In words by title."""
         found = {
             "artifact": str(self.out),
             "packed again": f"{self.weights} weights, the largest relative error of one {self.largest_error:.5f}",
+            "errors are": f"against the merged weights in {' and '.join(self.against)}",
         }
         if self.change is None or self.relative_error is None:
             return {**found, "adapter": "changed none of them"}
@@ -89,7 +94,9 @@ def merge_requantized(
 ) -> Requantized:
     """Merges an adapter as `merge` does, and packs the result with the format, layout and options of the artifact.
 
-    The dense checkpoint stands in a temporary folder beside `out` meanwhile.
+    The dense checkpoint stands in a temporary folder beside `out` meanwhile. Its dtype is that of the source, since the
+    artifact records it and keeps what isn't packed in it: packing from float32 sums instead would lower the errors by
+    0.02 % in NF4 and 0.15 % in FP8.
 
     Args:
         artifact: directory of an artifact that surogate-quantize made.
@@ -103,8 +110,7 @@ def merge_requantized(
         Everything that `merge` raises.
     """
     target = Path(out)
-    if target.exists() or target.is_symlink():
-        raise ExportExistsError(f"{target}: exists already; choose another directory")
+    check_absent(target)
     with open_local(artifact) as opened:
         manifest = _manifest(opened)
         change = _Change(OpenArtifact(opened))
@@ -151,6 +157,7 @@ def _measure(dense: Path, out: Path, change: _Change) -> Requantized:
         errors = {f"{module}.weight": records[f"{module}.weight"].relative_error or 0.0 for module in packed.modules}
         adapted = [name for name in change.names if name in errors]
         squares = {name: _square(to_torch(merged.read(name)).float()) for name in adapted}
+        dtypes = {merged.tensors[name].info.dtype for name in errors}
     total = sum(squares.values())
     lost = sum(squares[name] * errors[name] ** 2 for name in adapted)
     return Requantized(
@@ -160,6 +167,7 @@ def _measure(dense: Path, out: Path, change: _Change) -> Requantized:
         change=(change.change / change.before) ** 0.5 if change.before else None,
         relative_error=(lost / total) ** 0.5 if total else None,
         largest_error=max(errors.values(), default=0.0),
+        against=tuple(sorted(name for name, dtype in FLOATS.items() if dtype in dtypes)),
     )
 
 

@@ -67,7 +67,7 @@ def _dynamic_map(device: torch.device) -> Tensor:
 def block_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None, double_quant: str) -> Tensor:
     """float32 [nb], as `surogate_formats.nf4.block_absmax`; `scale` and `offset` are the parts after absmax.
 
-    In merged weights every group has a nested offset.
+    In fused weights every group has a nested offset.
     """
     if scale is None or offset is None:
         return absmax

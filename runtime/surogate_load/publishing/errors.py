@@ -45,6 +45,33 @@ class UnreadableCardError(UsageError):
     """The source's model card, as it was given, can't be read."""
 
 
+def check_name(repo: str) -> None:
+    """Raises `RepositoryNameError` for a text that can't be a repository's name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise _translated(error, repo) from error
+
+
+def check_access(repo: str, token: str | None) -> None:
+    """Refuses, before an artifact is read, an upload that is sure to fail.
+
+    Raises:
+        NoWriteAccessError: there is no token.
+        UploadFailedError: offline.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if constants.HF_HUB_OFFLINE:
+        raise _translated(OfflineModeIsEnabled(), repo)
+    if not (token or get_token()):
+        raise NoWriteAccessError(f"{repo}: no token; {_GIVE_TOKEN}")
+
+
 @contextmanager
 def upload_errors(repo: str) -> Iterator[None]:
     """Says in our words, and without a token, what huggingface_hub raises in the block.

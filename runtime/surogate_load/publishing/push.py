@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.manifest import MANIFEST_NAME
-from surogate_load.local import open_local
+from surogate_load.hub_download import quiet_hub
 from surogate_load.publishing.card import CARD, PLOT, make_card
-from surogate_load.publishing.errors import RepositoryTakenError, upload_errors
+from surogate_load.publishing.errors import RepositoryTakenError, check_access, check_name, upload_errors
 from surogate_load.publishing.plot import error_plot
 from surogate_load.publishing.source import base_of, read_source_card
 
@@ -67,6 +64,7 @@ def push(artifact: str | Path, repo: str, how: Push | None = None, say: Say = la
 
     Raises:
         ArtifactError, CheckpointError: it is no artifact of surogate-quantize, not complete, or changed.
+        RepositoryNameError, NoWriteAccessError: nothing was read or sent.
         RepositoryTakenError: the repository holds something else.
         SurogateError: see `surogate_load.publishing.errors`.
     """
@@ -74,16 +72,23 @@ def push(artifact: str | Path, repo: str, how: Push | None = None, say: Say = la
 
     how = how or Push()
     api = HfApi(token=how.token, library_name="surogate-quant")
-    with open_local(artifact) as opened, _quiet_hub():
+    for name in (repo, how.base_model):
+        if name is not None:
+            check_name(name)
+    check_access(repo, how.token)
+    with Artifact.open(artifact) as opened, quiet_hub():
         opened.verify()
         names = [MANIFEST_NAME, *opened.manifest.sidecars, *(file.name for file in opened.checkpoint.files)]
-        card = _card(opened, repo, api, how, say)
+        lines: list[str] = []
+        card = _card(opened, repo, api, how, lines.append)
         with upload_errors(repo):
             api.create_repo(repo, private=how.private, exist_ok=True)
             there = api.model_info(repo)
         _check_taken(repo, there)
         if how.private and there.private is False:
-            say(f"{repo}: exists already, and is public")
+            lines.append(f"{repo}: exists already, and is public")
+        for line in lines:  # not before all that may be refused was
+            say(line)
         with upload_errors(repo):
             files = {**{name: opened.path / name for name in names}, **card}
             return _commit(api, repo, there, files, _message(opened), how)
@@ -139,22 +144,3 @@ def _commit(api: HfApi, repo: str, there: Any, files: dict[str, bytes | Path], m
         parent_commit=there.sha,
     )
     return str(done.pr_url) if how.create_pr else f"{api.endpoint}/{repo}"
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keeps huggingface_hub's warnings off the terminal, and its bars off anything that is none."""
-    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    level, bars = get_verbosity(), not are_progress_bars_disabled()
-    if level == logging.WARNING:  # the default
-        set_verbosity(logging.ERROR)
-    if bars and not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        set_verbosity(level)
-        if bars:
-            enable_progress_bars()

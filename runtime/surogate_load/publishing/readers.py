@@ -31,12 +31,8 @@ def how_to_load(readers: Mapping[str, str], config: Mapping[str, Any], repo: str
 
 
 def _surogate_load(repo: str, config: Mapping[str, Any], remark: str) -> tuple[str, str]:
-    folder = repo.rpartition("/")[2]
-    return "python", (
-        f"# pip install 'surogate-quant[train]'; hf download {repo} --local-dir {folder}\n"
-        "import surogate_load\n\n"
-        f'model = surogate_load.load_model("{folder}")'
-    )
+    install = "# pip install 'surogate-quant[train]'"
+    return "python", f'{install}\nimport surogate_load\n\nmodel = surogate_load.load_model("{repo}")'
 
 
 def _transformers(repo: str, config: Mapping[str, Any], remark: str) -> tuple[str, str]:

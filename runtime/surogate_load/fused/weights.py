@@ -14,10 +14,10 @@ from surogate_formats.nvfp4 import NVFP4
 from surogate_load.weight import WeightKind
 
 Parts = tuple[Tensor, ...]
-Merged = tuple[WeightKind, Parts]
+Fused = tuple[WeightKind, Parts]
 
 
-def merge(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None:
+def fuse(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:
     """One weight [sum of N, K] whose rows are those of weights [N, K]; None where it has no packed form.
 
     Args:
@@ -27,8 +27,8 @@ def merge(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None:
     Returns:
         The kind, and new tensors: the rows of each member's codes are a part of the codes.
     """
-    merge_format = _MERGES[type(kinds[0].format)]
-    return merge_format(kinds, parts) if len({(kind.format, kind.shape[1]) for kind in kinds}) == 1 else None
+    fuse_format = _FUSE[type(kinds[0].format)]
+    return fuse_format(kinds, parts) if len({(kind.format, kind.shape[1]) for kind in kinds}) == 1 else None
 
 
 def _shape(kinds: Sequence[WeightKind]) -> tuple[int, int]:
@@ -42,20 +42,20 @@ def _below(parts: Sequence[Parts], index: int) -> Tensor:
     return joined.view(members[0].dtype)
 
 
-def _nf4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None:
+def _nf4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:
     """Where each member ends with a whole block, and group, the next one may begin."""
     fmt = kinds[0].format
     assert isinstance(fmt, NF4)
     unit = fmt.block_size * (1 if fmt.double_quant == "none" else BLOCKS_PER_GROUP)
     if any(kind.shape[0] * kind.shape[1] % unit for kind in kinds):
         return None
-    merged = tuple(_below(parts, index) for index in range(len(parts[0])))
+    fused = tuple(_below(parts, index) for index in range(len(parts[0])))
     if fmt.double_quant == "dynamic":  # a nested offset is a member's own: each of its groups gets it
-        merged = (*merged[:-1], torch.cat([offset.expand(len(nested)) for *_, nested, offset in parts]))
-    return WeightKind(fmt, _shape(kinds)), merged
+        fused = (*fused[:-1], torch.cat([offset.expand(len(nested)) for *_, nested, offset in parts]))
+    return WeightKind(fmt, _shape(kinds)), fused
 
 
-def _nvfp4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None:
+def _nvfp4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:
     """Members of a fused group share their global scale; 16x16 scales stand in 16 rows of scales each."""
     codes, scale, global_scale = range(3)
     if any(not torch.equal(each[global_scale], parts[0][global_scale]) for each in parts):
@@ -67,7 +67,7 @@ def _nvfp4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None
     )
 
 
-def _fp8(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None:
+def _fp8(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:
     """One scale a tensor becomes the same scale for each of its rows."""
     fmt = kinds[0].format
     assert isinstance(fmt, FP8)
@@ -81,9 +81,9 @@ def _fp8(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Merged | None:
     return WeightKind(fmt, _shape(kinds)), (codes, _below(parts, 1))
 
 
-_MERGES: dict[type, Callable[[Sequence[WeightKind], Sequence[Parts]], Merged | None]] = {
+_FUSE: dict[type, Callable[[Sequence[WeightKind], Sequence[Parts]], Fused | None]] = {
     NF4: _nf4,
     NVFP4: _nvfp4,
     FP8: _fp8,
 }
-"""Format to what merges its weights."""
+"""Format to what fuses its weights."""

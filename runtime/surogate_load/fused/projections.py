@@ -1,6 +1,6 @@
 """Finds a model's layers that read the same activations, and has the first of them multiply for all.
 
-The members stay where they are, with their names, adapters and packed tensors, whose codes become views of the merged
+The members stay where they are, with their names, adapters and packed tensors, whose codes become views of the fused
 ones: nothing is held twice.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from surogate_formats.errors import UsageError
+from surogate_load.fused.weights import fuse
 from surogate_load.linear import QuantizedLinear, arithmetic, has_hooks
-from surogate_load.merged.weights import merge
 from surogate_load.placement import FixedDtypeModule, Mover
 from surogate_load.recipes.layer import RecipeLayer
 from surogate_load.recipes.product import Adapter, Placement, multiply_with_adapters
@@ -24,20 +24,20 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that transformers' decoder layers call with the same tensor."""
 
 
-def merge_projections(model: nn.Module) -> None:
-    """Merges every such group of quantized layers; where format or recipe don't allow that, its layers stay alone.
+def fuse_projections(model: nn.Module) -> None:
+    """Fuses every such group of quantized layers; where format or recipe don't allow that, its layers stay alone.
 
-    Groups that were merged under another recipe keep their weight.
+    Groups that were fused under another recipe keep their weight.
     """
     for parent in list(model.modules()):
         for names in GROUPS:
             children = [parent._modules.get(name) for name in names]
             members = [getattr(child, "base_layer", child) for child in children]
             if all(type(member) is QuantizedLinear for member in members):
-                _merge(parent, names, members)  # type: ignore[arg-type]
+                _fuse(parent, names, members)  # type: ignore[arg-type]
 
 
-def _merge(parent: nn.Module, names: Sequence[str], members: Sequence[QuantizedLinear]) -> None:
+def _fuse(parent: nn.Module, names: Sequence[str], members: Sequence[QuantizedLinear]) -> None:
     if any(member.shared_input for member in members):
         members[0].shared_input[0].adopt_recipes()
         return
@@ -46,9 +46,9 @@ def _merge(parent: nn.Module, names: Sequence[str], members: Sequence[QuantizedL
     if alike != {(members[0].compute_dtype, True)} or len(devices) > 1 or devices.pop().type == "meta":
         return
     with torch.no_grad():
-        merged = merge([member.kind for member in members], [member.parts for member in members])
-    if merged is not None and (recipe := _unite(members)) is not None:
-        shared = SharedInput(parent, names, members, recipe, *merged)
+        fused = fuse([member.kind for member in members], [member.parts for member in members])
+    if fused is not None and (recipe := _unite(members)) is not None:
+        shared = SharedInput(parent, names, members, recipe, *fused)
         for member in members:
             member.shared_input = (shared,)
 
@@ -60,9 +60,12 @@ def _unite(members: Sequence[QuantizedLinear]) -> type[RecipeLayer] | None:
 
 
 class SharedInput:
-    """One weight for several layers, used where they are called one after the other with the same tensor.
+    """One weight for several layers, used where their parent's forward calls them with the same tensor.
 
-    The first call computes for all; the others find their result, if their argument is the very same tensor.
+    The first call computes for all; the others find their result, if their argument is the very same tensor under the
+    same modes. When the forward ends, or the next one begins, what is left is dropped: adapters, weights and tensors
+    may change between two forwards, and a result holds the graph. A layer that is called by itself stays alone. (Of
+    what an inference tensor holds nobody counts the changes: in a forward they would have to be made in place.)
     """
 
     def __init__(
@@ -74,18 +77,21 @@ class SharedInput:
         kind: WeightKind,
         parts: tuple[Tensor, ...],
     ) -> None:
-        """Makes the members' codes views of the merged ones."""
+        """Makes the members' codes views of the fused ones."""
         self._parent, self._names, self._members = parent, tuple(names), tuple(members)
         self._kind = kind
         self._sizes = [member.out_features for member in members]
-        self._weight = _MergedWeight(members, parts)
-        parent.add_module(f"merged_{names[0]}", self._weight)
+        self._weight = _FusedWeight(members, parts)
+        parent.add_module(f"fused_{names[0]}", self._weight)
         for member in members:
             member.register_load_state_dict_post_hook(self._weight.refresh)  # type: ignore[no-untyped-call]
         self._recipe: type[RecipeLayer] | None = recipe
         self._x: Tensor | None = None
-        self._state: tuple[bool, int] = (False, 0)
+        self._state: tuple[Any, ...] = ()
         self._results: dict[str, Tensor] = {}
+        self._in_forward = False
+        parent.register_forward_pre_hook(self._begin)
+        parent.register_forward_hook(self._end)
 
     def adopt_recipes(self) -> None:
         """Takes over the recipes that the members have been given since."""
@@ -94,7 +100,7 @@ class SharedInput:
     def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The result of one of the parent's children; None if the group can't be multiplied as one now."""
         name = next((name for name in self._names if self._parent._modules[name] is layer), None)
-        if name is None:
+        if name is None or not self._in_forward:
             return None
         state = _state(x)
         if self._x is not x or self._state != state or name not in self._results:
@@ -106,6 +112,17 @@ class SharedInput:
         if not self._results:
             self._x = None
         return result
+
+    def _begin(self, *_: Any) -> None:
+        self._in_forward = True
+        self._forget()
+
+    def _end(self, *_: Any) -> None:
+        self._in_forward = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._x, self._results = None, {}
 
     def _multiply(self, x: Tensor) -> dict[str, Tensor] | None:
         adapters = list(self._adapters())
@@ -150,13 +167,17 @@ class SharedInput:
         return Placement(ends[-1], rows, tuple(a.lora_a.shape[0] for _, a in present), present[0][1].scaling)
 
 
-def _state(x: Tensor) -> tuple[bool, int]:
-    """What makes the same tensor another argument: whether gradients are wanted, and changes in place.
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What makes the same tensor another argument: the modes of autograd and autocast, and changes in place.
 
-    Compiled code sees the latter as another tensor; tensors of inference mode don't count theirs.
+    Compiled code sees the latter as another tensor, and knows no inference mode; its tensors don't count theirs.
     """
-    counted = not torch.compiler.is_compiling() and not x.is_inference()
-    return torch.is_grad_enabled(), x._version if counted else 0
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    modes = torch.is_grad_enabled(), autocast
+    if torch.compiler.is_compiling():
+        return modes
+    return *modes, torch.is_inference_mode_enabled(), 0 if x.is_inference() else x._version
 
 
 class _NoAdapter:
@@ -167,8 +188,8 @@ class _NoAdapter:
 _NO_ADAPTER = _NoAdapter()
 
 
-class _MergedWeight(FixedDtypeModule):
-    """The merged packed tensors; derived from the members', so not saved."""
+class _FusedWeight(FixedDtypeModule):
+    """The fused packed tensors; derived from the members', so not saved."""
 
     def __init__(self, members: Sequence[QuantizedLinear], parts: tuple[Tensor, ...]) -> None:
         super().__init__()
@@ -182,15 +203,15 @@ class _MergedWeight(FixedDtypeModule):
         return tuple(self._buffers.values())  # type: ignore[arg-type]
 
     def link(self) -> None:
-        """Makes the members' tensors views of the merged ones, but for scales that are stored otherwise there.
+        """Makes the members' tensors views of the fused ones, but for scales that are stored otherwise there.
 
         Copies of a model are not: copying makes every parameter a tensor of its own.
         """
-        for number, merged in enumerate(self.parts):
+        for number, fused in enumerate(self.parts):
             members = [member.parts[number] for member in self._members[0]]
-            if sum(member.shape[0] for member in members) != merged.shape[0] or merged[0].shape != members[0][0].shape:
+            if sum(member.shape[0] for member in members) != fused.shape[0] or fused[0].shape != members[0][0].shape:
                 continue
-            for member, view in zip(members, torch.split(merged, [len(member) for member in members]), strict=True):
+            for member, view in zip(members, torch.split(fused, [len(member) for member in members]), strict=True):
                 if member.data_ptr() != view.data_ptr():
                     member.data = view
 
@@ -198,14 +219,14 @@ class _MergedWeight(FixedDtypeModule):
         """Takes over what the members hold, after a state was loaded into them."""
         members = self._members[0]
         with torch.no_grad():
-            merged = merge([member.kind for member in members], [member.parts for member in members])
-        if merged is None:
+            fused = fuse([member.kind for member in members], [member.parts for member in members])
+        if fused is None:
             raise UsageError("the loaded weights of one group have different global scales; load the artifact anew")
-        for old, part in zip(self.parts, merged[1], strict=True):
+        for old, part in zip(self.parts, fused[1], strict=True):
             old.copy_(part)  # where it stands: a captured graph knows addresses
         self.link()
 
-    def _apply(self, fn: Mover, recurse: bool = True) -> _MergedWeight:
+    def _apply(self, fn: Mover, recurse: bool = True) -> _FusedWeight:
         super()._apply(fn, recurse)
         self.link()
         return self

@@ -1,6 +1,8 @@
 """Layers that read the same activations, multiplied as one: the same weights, numbers and gradients as alone."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import peft
@@ -13,9 +15,9 @@ from runtime.weights import make_weight
 from surogate_formats.layouts import settle
 from surogate_formats.recipe import Recipe
 from surogate_load import load_model, set_recipe
+from surogate_load.fused import projections
+from surogate_load.fused.weights import fuse
 from surogate_load.linear import QuantizedLinear
-from surogate_load.merged import projections
-from surogate_load.merged.weights import merge
 from surogate_load.recipes.delayed import delayed_scales
 from surogate_load.weight import WeightKind, to_torch
 
@@ -34,14 +36,14 @@ def packed(kind, shapes, *, global_amax=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_weights_dequantize_alike(kind):
+def test_fused_weights_dequantize_alike(kind):
     kinds, parts = packed(kind, [(128, 128), (256, 128), (128, 128)])
-    merged_kind, merged_parts = merge(kinds, parts)
-    shapes = {part: spec.shape for part, spec in merged_kind.specs.items()}
+    fused_kind, fused_parts = fuse(kinds, parts)
+    shapes = {part: spec.shape for part, spec in fused_kind.specs.items()}
     if "nested_offset" in shapes:  # one a weight before
         shapes["nested_offset"] = shapes["nested_absmax"]
-    assert [tuple(part.shape) for part in merged_parts] == list(shapes.values())
-    dense = merged_kind.dequantize(merged_parts, torch.float32)
+    assert [tuple(part.shape) for part in fused_parts] == list(shapes.values())
+    dense = fused_kind.dequantize(fused_parts, torch.float32)
     assert torch.equal(dense, torch.cat([k.dequantize(p, torch.float32) for k, p in zip(kinds, parts, strict=True)]))
 
 
@@ -55,13 +57,13 @@ def test_merged_weights_dequantize_alike(kind):
     ],
 )
 def test_what_has_no_packed_form_stays_alone(kind, shapes):
-    assert merge(*packed(kind, shapes)) is None
+    assert fuse(*packed(kind, shapes)) is None
 
 
 def test_different_global_scales_stay_alone():
     kinds, parts = packed("fp4", [(32, 32), (32, 32)])
     parts[1] = (*parts[1][:2], parts[1][2] * 2)
-    assert merge(kinds, parts) is None
+    assert fuse(kinds, parts) is None
 
 
 def alone(path, monkeypatch, **arguments):
@@ -149,24 +151,41 @@ def test_one_scaling_state_for_each_group(artifact, kind):
     torch.testing.assert_close(*(scales for _, scales in results), rtol=5e-2, atol=0)
 
 
-def test_recipes_change_after_merging(artifact):
+@pytest.fixture
+def within(monkeypatch):
+    """Runs something as the forward of an attention, where its projections multiply as one."""
+
+    def run(attention, body):
+        monkeypatch.setattr(type(attention), "forward", body)
+        return attention()
+
+    return run
+
+
+def test_recipes_change_after_fusing(artifact, within):
     model = load_model(artifact("fp4", num_key_value_heads=4), dtype=torch.float32)
     x, attention = torch.randn(3, 128), model.model.layers[0].self_attn
-    for name, one in (("fp8-hybrid", True), ("nvfp4", False), ("bf16", True)):
-        set_recipe(model, Recipe(name), emulate=True)
+    shared = []
+
+    def body(attention):
         attention.q_proj(x)
-        assert bool(attention.q_proj.shared_input[0]._results) is one
+        shared.append(bool(attention.q_proj.shared_input[0]._results))
         torch.testing.assert_close(attention.k_proj(x), attention.k_proj.multiply(x), rtol=1e-4, atol=1e-5)
         attention.v_proj(x)
+
+    for name in ("fp8-hybrid", "nvfp4", "bf16"):
+        set_recipe(model, Recipe(name), emulate=True)
+        within(attention, body)
+    assert shared == [True, False, True]
 
 
 def linked(model):
     layer = model.model.layers[0].self_attn
-    merged = layer.merged_q_proj.parts[0]
+    fused = layer.fused_q_proj.parts[0]
     first = 0
     for member in (layer.q_proj, layer.k_proj, layer.v_proj):
         codes = getattr(member, "base_layer", member).parts[0]
-        if codes.data_ptr() != merged[first:].data_ptr():
+        if codes.data_ptr() != fused[first:].data_ptr():
             return False
         first += codes.shape[0]
     return True
@@ -180,7 +199,7 @@ def test_nothing_is_held_twice_and_moves_keep_it_so(artifact, kind):
     copied = copy.deepcopy(model)
     torch.testing.assert_close(copied(IDS).logits, model(IDS).logits)
     assert linked(copied)
-    assert not any("merged" in name for name in model.state_dict())
+    assert not any("fused" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "fp8-tensor", "fp8-channel"])
@@ -200,36 +219,79 @@ def test_a_loaded_state_is_taken_over(artifact, kind):
     assert linked(model)
 
 
-def test_transformers_own_loading_merges_too(artifact):
+def test_transformers_own_loading_fuses_too(artifact):
     model = transformers.AutoModelForCausalLM.from_pretrained(artifact("nf4", num_key_value_heads=4))
     assert linked(model)
     assert "logits" not in adapt(model)(input_ids=IDS, labels=IDS)
 
 
-def test_a_member_called_with_something_else(artifact):
-    model = load_model(artifact("nf4", num_key_value_heads=4), dtype=torch.float32)
-    attention = model.model.layers[0].self_attn
+def test_a_member_called_with_something_else(artifact, within):
+    attention = load_model(artifact("nf4", num_key_value_heads=4), dtype=torch.float32).model.layers[0].self_attn
     x, other = torch.randn(3, 128), torch.randn(3, 128)
     expected = {name: getattr(attention, name).multiply(x) for name in ("q_proj", "k_proj", "v_proj")}
-    torch.testing.assert_close(attention.k_proj(x), expected["k_proj"])
-    torch.testing.assert_close(attention.q_proj(other), attention.q_proj.multiply(other))
-    torch.testing.assert_close(attention.v_proj(x), expected["v_proj"])
-    torch.testing.assert_close(attention.v_proj(x), expected["v_proj"])
+
+    def body(attention):
+        torch.testing.assert_close(attention.k_proj(x), expected["k_proj"])
+        torch.testing.assert_close(attention.q_proj(other), attention.q_proj.multiply(other))
+        torch.testing.assert_close(attention.v_proj(x), expected["v_proj"])
+        torch.testing.assert_close(attention.v_proj(x), expected["v_proj"])
+
+    within(attention, body)
 
 
-def test_the_same_tensor_changed_or_under_another_mode(artifact):
+def test_the_same_tensor_changed_or_under_another_mode(artifact, within):
     attention = load_model(artifact("nf4", num_key_value_heads=4), dtype=torch.float32).model.layers[0].self_attn
+
+    def body(attention):
+        x = torch.randn(3, 128)
+        attention.q_proj(x)
+        x.mul_(2)
+        torch.testing.assert_close(attention.k_proj(x), attention.k_proj.multiply(x))
+        x = torch.randn(3, 128, requires_grad=True)
+        with torch.no_grad():
+            attention.q_proj(x)
+        assert attention.k_proj(x).requires_grad
+        y = torch.randn(3, 128)
+        with torch.inference_mode():
+            attention.q_proj(y)
+        with torch.no_grad():
+            assert not attention.k_proj(y).is_inference()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attention.q_proj(y).dtype == torch.bfloat16
+        assert attention.k_proj(y).dtype == torch.float32
+        with torch.inference_mode():
+            y = torch.randn(3, 128)
+            torch.testing.assert_close(attention.q_proj(y), attention.q_proj.multiply(y))
+
+    within(attention, body)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_nothing_outlives_the_forward(artifact, within, inside):
+    model = adapt(load_model(artifact("nf4", num_key_value_heads=4), dtype=torch.float32))
+    attention = model.base_model.model.model.layers[0].self_attn
+    held = []
+
+    def body(attention):
+        lone = torch.randn(3, 128)
+        held.append(weakref.ref(lone))
+        attention.q_proj(lone)
+
+    if inside:
+        within(attention, body)
+    else:
+        body(attention)
+    gc.collect()
+    assert held[0]() is None  # no result of the others keeps it, and the graph, alive
     x = torch.randn(3, 128)
     attention.q_proj(x)
-    x.mul_(2)
-    torch.testing.assert_close(attention.k_proj(x), attention.k_proj.multiply(x))
-    x = torch.randn(3, 128, requires_grad=True)
     with torch.no_grad():
-        attention.q_proj(x)
-    assert attention.k_proj(x).requires_grad
-    with torch.inference_mode():
-        y = torch.randn(3, 128)
-        torch.testing.assert_close(attention.q_proj(y), attention.q_proj.multiply(y))
+        for layer in (attention.k_proj, attention.v_proj):
+            layer.lora_B["default"].weight.mul_(2)
+        expected = attention.k_proj(x.clone())
+    torch.testing.assert_close(attention.k_proj(x), expected)
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(attention.v_proj(x), attention.v_proj.base_layer.multiply(x))
 
 
 def test_a_listener_hears_its_layer(artifact):
