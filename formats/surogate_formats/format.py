@@ -53,8 +53,18 @@ class Format(Protocol):
         """Dtype and shape of every part of a weight of this shape."""
         ...
 
-    def quantize(self, weight: NDArray[np.float32], amax: np.float32 | None = None) -> Parts:
-        """Quantizes float32 [N, K]; `amax` is the fused group's largest magnitude where `shares_amax`."""
+    def band_rows(self, shape: Shape) -> int:
+        """Rows of which a weight may be cut into bands of multiples: the bands' parts then follow each other."""
+        ...
+
+    def quantize(
+        self, weight: NDArray[np.float32], amax: np.float32 | None = None, *, search: bool = False
+    ) -> Parts:
+        """Quantizes float32 [N, K]; `amax` is the fused group's largest magnitude where `shares_amax`.
+
+        With `search` each block takes, of the legal scales that are tried, the first one with the least squared error
+        (`surogate_formats.search`). The parts mean the same, whichever way they were chosen.
+        """
         ...
 
     def dequantize(self, parts: Parts, shape: Shape) -> NDArray[np.float32]:
@@ -72,18 +82,26 @@ def to_dict(fmt: Format) -> dict[str, Any]:
 
 def from_parameters(cls: type[F], parameters: dict[str, Any]) -> F:
     """Builds a format from JSON data; a parameter that the format doesn't have is a `UsageError`."""
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    for key in parameters:
+    known = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+    for key, value in parameters.items():
         if key not in known:
-            raise UsageError(f"{cls.name} has no parameter `{key}`; it has {', '.join(f'`{name}`' for name in known)}")
+            names = ", ".join(f"`{name}`" for name in known)
+            raise UsageError(f"{cls.name} has no parameter `{key:.80}`; it has {names}")
+        check_type(cls.name, key, value, known[key])
     return cls(**parameters)
+
+
+def check_type(name: str, parameter: str, value: object, default: object) -> None:
+    """Raises `UsageError` unless the parameter's value is of its default's type: 64.0 isn't 64 here, nor 1 True."""
+    if type(value) is not type(default):
+        raise UsageError(f"{name}: `{parameter}` is {value!r:.80}; give a {type(default).__name__}")
 
 
 def check_choice(name: str, parameter: str, value: object, choices: tuple[object, ...]) -> None:
     """Raises `UsageError` unless the parameter's value is one of the format's choices."""
     if value not in choices:
         allowed = ", ".join(map(str, choices))
-        raise UsageError(f"{name}: `{parameter}` is {value!r}; choose one of {allowed}")
+        raise UsageError(f"{name}: `{parameter}` is {value!r:.80}; choose one of {allowed}")
 
 
 def largest_magnitude(weight: NDArray[np.float32]) -> np.float32:

@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.format import Parts, Shape, TensorSpec, check_choice, largest_magnitude
 from surogate_formats.rounding import bfloat16_up, to_e4m3
+from surogate_formats.search import FP8_FIRST, FP8_MULTIPLIERS, FP8_NEAREST, tile_errors
 from surogate_formats.tables import E4M3_MAX, F32_MIN_NORMAL
 
 F32 = NDArray[np.float32]
 
 TILE = 128
 """Side of a tile of block scaling (DeepSeek-V3, arXiv:2412.19437, 3.3.2)."""
+
+
+ONE = np.float32(1)
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,21 @@ class FP8:
         scale = {"float32": "F32", "bfloat16": "BF16"}[self.scale_dtype]
         return {"codes": TensorSpec("F8_E4M3", shape), "scale": TensorSpec(scale, self.scale_shape(shape))}
 
-    def quantize(self, weight: F32, amax: np.float32 | None = None) -> Parts:
-        """Quantizes float32 [N, K]: E4M3(clamp(fl(x / scale), ±448))."""
+    def band_rows(self, shape: Shape) -> int:
+        """Rows of a tile, or one."""
+        return TILE if self.scaling == "block" else 1
+
+    def quantize(self, weight: F32, amax: np.float32 | None = None, *, search: bool = False) -> Parts:
+        """Quantizes float32 [N, K]: E4M3(clamp(fl(x / scale), ±448)).
+
+        With one scale a tensor `search` changes nothing: no other scale is better by more than chance.
+        """
         largest = largest_magnitude(weight)
         if self.scaling == "tensor":
             scale = self.scales(np.array([largest if amax is None else amax], dtype=np.float32))
         else:
-            scale = self.scales(self._amax(weight))
+            tile_amax = self._amax(weight)
+            scale = self._searched(weight, tile_amax) if search else self.scales(tile_amax)
         codes = to_e4m3(weight / self._spread(scale, weight.shape))
         return {"codes": codes, "scale": scale.astype(NUMPY[self.part_specs(weight.shape)["scale"].dtype])}
 
@@ -78,10 +90,35 @@ class FP8:
         values: F32 = parts["codes"].astype(np.float32) * scale
         return values
 
-    def scales(self, amax: F32) -> F32:
-        """float32 scales, of the shape of `amax`: fl(amax / 448), at least the smallest normal, 1 where amax is 0."""
-        scale = np.where(amax > 0, np.maximum(amax / E4M3_MAX, F32_MIN_NORMAL), np.float32(1))
+    def scales(self, amax: F32, multiplier: np.float32 | F32 = ONE) -> F32:
+        """float32 scales, of the shape of `amax`: fl(amax / 448), at least the smallest normal, 1 where amax is 0.
+
+        `multiplier` is what amax / 448 is multiplied by before the bounds are kept.
+        """
+        scale = np.where(amax > 0, np.maximum(amax / E4M3_MAX * multiplier, F32_MIN_NORMAL), np.float32(1))
         return bfloat16_up(scale) if self.scale_dtype == "bfloat16" else scale
+
+    def _searched(self, weight: F32, amax: F32) -> F32:
+        best = np.full(amax.shape, FP8_NEAREST)
+        scale = self.scales(amax)
+        error = self._errors(weight, scale)
+        for tried in (FP8_FIRST, (-1, 1)):
+            around = best if tried[0] < 0 else np.zeros_like(best)
+            for step in tried:
+                place = around + step
+                other = self.scales(amax, FP8_MULTIPLIERS[place])
+                missed = self._errors(weight, other)
+                better = missed < error
+                best, scale = np.where(better, place, best), np.where(better, other, scale)
+                error = np.where(better, missed, error)
+        return scale
+
+    def _errors(self, weight: F32, scale: F32) -> F32:
+        """The squared error of each channel or tile, of the shape of `scale`."""
+        spread = self._spread(scale, weight.shape)
+        with np.errstate(over="ignore"):
+            values = to_e4m3(weight / spread).astype(np.float32) * spread
+        return tile_errors(values, weight, *((TILE, TILE) if self.scaling == "block" else (1, weight.shape[1])))
 
     def _amax(self, weight: F32) -> F32:
         magnitude: F32 = np.abs(weight)

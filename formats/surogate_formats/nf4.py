@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from surogate_formats.dynamic_absmax import NESTED_BLOCK, quantize_dynamic, restore_dynamic
+from surogate_formats.dynamic_absmax import NESTED_BLOCK, NESTED_STEPS, dynamic_codes, quantize_dynamic, restore_dynamic
 from surogate_formats.format import Parts, Shape, TensorSpec, check_choice, largest_magnitude
 from surogate_formats.rounding import pack_nibbles, unpack_nibbles
+from surogate_formats.search import NF4_COARSE, NF4_MULTIPLIERS, best_nf4_multiplier, pairwise_sum, squares
 from surogate_formats.tables import NF4_CODEBOOK, NF4_MIDPOINTS, NF4_ZERO_CODE
 
 F32 = NDArray[np.float32]
@@ -72,11 +74,16 @@ class NF4:
             specs["nested_absmax"], specs["nested_offset"] = TensorSpec("F32", (groups,)), TensorSpec("F32", (1,))
         return specs
 
-    def quantize(self, weight: F32, amax: np.float32 | None = None) -> Parts:
+    def band_rows(self, shape: Shape) -> int:
+        """Rows that hold whole groups of blocks."""
+        span = self.block_size * BLOCKS_PER_GROUP
+        return span // math.gcd(shape[-1], span)
+
+    def quantize(self, weight: F32, amax: np.float32 | None = None, *, search: bool = False) -> Parts:
         """Quantizes float32 [N, K].
 
-        Codes are chosen against the absmax that the reader will use; with `dynamic` against the blocks' own, as
-        bitsandbytes chooses them.
+        Codes are chosen against the absmax that the reader will use; with `dynamic` and without `search` against the
+        blocks' own, as bitsandbytes chooses them. What reverses a double quantization is the same with `search`.
         """
         largest_magnitude(weight)
         blocks = self._blocks(weight)
@@ -84,14 +91,11 @@ class NF4:
         parts: Parts = {"absmax": absmax}
         if self.double_quant == "affine":
             parts = quantize_absmax(absmax)
-            absmax = block_absmax(parts)
         elif self.double_quant == "dynamic":
             parts = quantize_dynamic(absmax)
-        inverse = np.float32(1) / np.maximum(absmax, ABSMAX_FLOOR)
-        with np.errstate(over="ignore"):
-            normalized = blocks * inverse[:, None]
-        codes = np.searchsorted(NF4_MIDPOINTS, normalized, side="left").astype(np.uint8)
-        codes[absmax == 0] = NF4_ZERO_CODE
+        if search:
+            parts = self._searched(blocks, absmax, parts)
+        codes = round_blocks(blocks, block_absmax(parts) if search or self.double_quant == "affine" else absmax)
         packed = pack_nibbles(codes.reshape(-1)[: weight.size], first_high=True, pad=NF4_ZERO_CODE)
         return {"codes": packed.reshape(self.part_specs(weight.shape)["codes"].shape), **parts}
 
@@ -102,11 +106,49 @@ class NF4:
         absmax = np.repeat(block_absmax(parts), self.block_size)[:n]
         return (values * absmax).reshape(shape)
 
+    def _searched(self, blocks: F32, absmax: F32, parts: Parts) -> Parts:
+        """The parts of absmax with those of the stored values under which each block's error is least.
+
+        Tried are the legal value next to the multiple of absmax that is best by bins, or, where legal values are far
+        apart, those next to each multiple.
+        """
+        coarse = _grain(parts, absmax.size) * NF4_COARSE > absmax
+        found, error = dict(parts), block_errors(blocks, block_absmax(parts))
+        with np.errstate(over="ignore"):
+            best = best_nf4_multiplier(blocks * _inverse(absmax)[:, None]) * absmax
+            tried = [(best, ~coarse), *((multiplier * absmax, coarse) for multiplier in NF4_MULTIPLIERS)]
+        for wanted, where in tried:
+            candidate = {**parts, "absmax": _legal(parts, wanted)}
+            missed = block_errors(blocks, block_absmax(candidate))
+            better = where & (missed < error)
+            found["absmax"] = np.where(better, candidate["absmax"], found["absmax"])
+            error = np.where(better, missed, error)
+        return found
+
     def _blocks(self, weight: F32) -> F32:
         n, blocks, _ = self.counts(weight.shape)
         padded: F32 = np.zeros(blocks * self.block_size, dtype=np.float32)
         padded[:n] = weight.reshape(-1)
         return padded.reshape(blocks, self.block_size)
+
+
+def round_blocks(blocks: F32, absmax: F32) -> NDArray[np.uint8]:
+    """The codes of float32 [nb, block] under the absmax [nb]; a block whose absmax is not positive gets code 7."""
+    with np.errstate(over="ignore"):
+        normalized = blocks * np.where(absmax > 0, _inverse(absmax), np.float32(0))[:, None]
+    return np.searchsorted(NF4_MIDPOINTS, normalized, side="left").astype(np.uint8)
+
+
+def block_errors(blocks: F32, absmax: F32) -> F32:
+    """The squared error of each block, float32 [nb], when it is rounded to nearest under the absmax [nb]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values: F32 = NF4_CODEBOOK[round_blocks(blocks, absmax)] * absmax[:, None]
+    return pairwise_sum(squares(values, blocks))
+
+
+def _inverse(absmax: F32) -> F32:
+    inverse: F32 = np.float32(1) / np.maximum(absmax, ABSMAX_FLOOR)
+    return inverse
 
 
 def quantize_absmax(absmax: F32) -> Parts:
@@ -120,11 +162,37 @@ def quantize_absmax(absmax: F32) -> Parts:
     low, high = padded.min(axis=1), padded.max(axis=1)
     offset = low / np.float32(2) + high / np.float32(2)
     scale = (high - low) / np.float32(254)
-    divisor = np.where(scale == 0, np.float32(1), scale)
-    steps = np.rint((padded - offset[:, None]) / divisor[:, None])
-    steps = np.where(scale[:, None] == 0, np.float32(0), np.clip(steps, -127, 127))
-    stored = (steps + 128).astype(np.uint8).reshape(-1)[: absmax.size]
-    return {"absmax": stored, "absmax_scale": scale, "absmax_offset": offset}
+    return {"absmax": _affine_steps(absmax, scale, offset), "absmax_scale": scale, "absmax_offset": offset}
+
+
+def _affine_steps(absmax: F32, scale: F32, offset: F32) -> NDArray[np.uint8]:
+    group = np.arange(absmax.size) // BLOCKS_PER_GROUP
+    divisor, flat = np.where(scale == 0, np.float32(1), scale), scale == 0
+    with np.errstate(over="ignore"):
+        steps = np.clip(np.rint((absmax - offset[group]) / divisor[group]), -127, 127)
+    stored: NDArray[np.uint8] = (np.where(flat[group], np.float32(0), steps) + 128).astype(np.uint8)
+    return stored
+
+
+def _legal(parts: Parts, wanted: F32) -> NDArray[Any]:
+    """What is stored for the legal absmax next to float32 [nb], under the double quantization of the parts."""
+    if "nested_absmax" in parts:
+        return dynamic_codes(wanted, parts["nested_absmax"], parts["nested_offset"][0])
+    if "absmax_scale" in parts:
+        return _affine_steps(wanted, parts["absmax_scale"], parts["absmax_offset"])
+    return wanted
+
+
+def _grain(parts: Parts, blocks: int) -> F32:
+    """How far legal values of absmax may stand apart, float32 [nb]; 0 where all are legal."""
+    group = np.arange(blocks) // BLOCKS_PER_GROUP
+    if "nested_absmax" in parts:
+        apart: F32 = parts["nested_absmax"][group] / np.float32(NESTED_STEPS)
+    elif "absmax_scale" in parts:
+        apart = parts["absmax_scale"][group]
+    else:
+        apart = np.zeros(blocks, np.float32)
+    return apart
 
 
 def block_absmax(parts: Parts) -> F32:

@@ -71,6 +71,10 @@ class NVFP4:
             "global_scale": TensorSpec("F32", (1,)),
         }
 
+    def band_rows(self, shape: Shape) -> int:
+        """Rows of a tile, or one."""
+        return BLOCK if self.two_d else 1
+
     def divisor(self, amax: np.float32) -> np.float32:
         """The global scale g: the reach of the codes (448 or 256, times 6) over the largest magnitude, capped."""
         if amax == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.source import Source
 
 SAMPLE = 3
-"""Weights that are quantized both ways to compare: the first, the middle and the last."""
+"""Weights that are quantized both ways to compare: the first, the middle and the last of the first source file."""
 
 
 def _one_dimensional(fmt: NVFP4, recipe: Recipe) -> Format | None:
@@ -65,15 +65,27 @@ class Comparison:
         self._engine = engine
         self._options = options
 
-    def advice(self, source: Checkpoint, made: Plan) -> list[str]:
-        """A line for the summary if the alternative's measured error is smaller; else none."""
+    def advice(self, source: Checkpoint, tensors: Sequence[PlannedTensor], limit: int) -> list[str]:
+        """A line for the summary if the alternative's measured error is smaller; else none.
+
+        Args:
+            source: the open checkpoint.
+            tensors: those that will be worked on.
+            limit: bytes of the largest weight that is looked at.
+        """
         if self._options.format.name not in ALTERNATIVES:
             return []
         alternative, words = ALTERNATIVES[self._options.format.name]
         other_format = alternative(self._options.format, self._options.recipe)
         if other_format is None:
             return []
-        weights = made.quantized
+        quantized = [tensor for tensor in tensors if tensor.decision.quantize]
+        # A file that is first needed later may still have to come from the Hub.
+        first = source.tensors[quantized[0].info.name].file if quantized else ""
+        here = [tensor for tensor in quantized if source.tensors[tensor.info.name].file == first]
+        weights = [tensor for tensor in here if tensor.info.nbytes <= limit]
+        if not weights:
+            return []
         sample = sorted({0, len(weights) // 2, len(weights) - 1})[:SAMPLE]
         try:
             own = self._error(source, [weights[i] for i in sample], self._options.format)

@@ -80,8 +80,11 @@ DEVICES = ("auto", "cpu", "cuda")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="What quantizes; the "
               "bytes are the same. auto: a GPU where CuPy is there to use it.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
+@click.option("--max-memory", default="2GiB", show_default=True, help="What the process stays inside, whatever the "
+              "model's size.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Refuse every key of --config that is not ours.")
-@click.option("--overwrite", is_flag=True, help="Replace the artifact in --out once the new one is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace the artifact in --out once the new one is complete, and "
+              "discard an unfinished run of another command.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would happen to every tensor and the sizes; write nothing. "
               "An --out is checked as the run would.")  # fmt: skip
 @click.option("--push-to-hub", metavar="REPO", help="Upload the artifact, with a model card, once it is complete.")
@@ -114,14 +117,18 @@ def _answer(arguments: dict[str, Any]) -> None:
         warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
         from surogate_formats.errors import SurogateError, UsageError
         from surogate_quantize.console import Out
+        from surogate_quantize.ranks.environment import is_first_rank
+        from surogate_quantize.ranks.errors import RankError
 
         try:
-            with Out(arguments["json_mode"], arguments["quiet"], arguments["verbose"], _flags) as out:
+            quiet = arguments["quiet"] or not is_first_rank()
+            with Out(arguments["json_mode"], quiet, arguments["verbose"], _flags) as out:
                 _run(out, arguments)
         except SurogateError as error:
             if os.environ.get("SUROGATE_DEBUG"):
                 raise
-            click.echo(f"Error: {_flags(str(error))}", err=True)
+            if is_first_rank() or isinstance(error, RankError):
+                click.echo(f"Error: {_flags(str(error))}", err=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
@@ -133,6 +140,7 @@ def _flags(text: str) -> str:
 
 def _run(out: Out, arguments: dict[str, Any]) -> None:
     from surogate_quantize.hub.push import check_push, push
+    from surogate_quantize.ranks.environment import is_first_rank, world_size
     from surogate_quantize.run import dry_run, quantize
 
     check_push(arguments)
@@ -146,8 +154,11 @@ def _run(out: Out, arguments: dict[str, Any]) -> None:
         return
     if target is None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
-    how = {name: arguments[name] for name in ("device", "workers", "overwrite", "keep_source")}
-    summary = quantize(model, target, options, **how, **hub, watch=out.watch)
+    how = {name: arguments[name] for name in ("device", "workers", "max_memory", "overwrite", "keep_source")}
+    watch = out.watch if is_first_rank() else None
+    summary = quantize(model, target, options, **how, **hub, ranks=world_size() > 1, watch=watch)
+    if not is_first_rank():
+        return
     with leaving(f"{target} is complete"):
         out.close()
         out.summary(summary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -100,11 +100,11 @@ class Out:
         else:
             self.table(report.run_table(summary))
 
-    def watch(self, made: Plan) -> Callable[[PlannedTensor], None]:
+    def watch(self, made: Plan, todo: Sequence[PlannedTensor]) -> Callable[[PlannedTensor], None]:
         """Shows a run's progress, if verbose after the plan: a bar on a terminal, else a line every ten seconds."""
         if self.verbose and not self.quiet:
             self.table(report.plan_tables(made, every_tensor=True), on_stderr=True)
-        total = sum(tensor.info.nbytes for tensor in made.tensors)
+        total = sum(tensor.info.nbytes for tensor in todo)
         if self.quiet or self.json_mode:
             return lambda tensor: None
         return self._bar(total) if sys.stderr.isatty() else self._lines(total)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.errors import NonFiniteWeightError, OutOfRangeError
 from surogate_formats.format import Format, Parts
-from surogate_quantize.pieces import PIECE, Work, cut
+from surogate_formats.nf4 import NF4
+from surogate_quantize.pieces import PIECE, Shared, Work, cut, cut_absmax
 from surogate_quantize.source import Source
 from surogate_quantize.weight_errors import Errors, Sums, error_unit, total_errors
 
@@ -49,16 +50,26 @@ class Engine(Protocol):
         """
         ...
 
+    def block_absmax(self, fmt: NF4, source: Source) -> NDArray[np.float32]:
+        """float32 [blocks] of a finite piece of a weight that starts with a block; on the CPU whatever the engine."""
+        ...
+
     def quantize(
-        self, fmt: Format, source: Source, own_amax: np.float32, group_amax: np.float32 | None = None
+        self,
+        fmt: Format,
+        source: Source,
+        own_amax: np.float32,
+        group_amax: np.float32 | None = None,
+        absmax_mean: np.float32 | None = None,
     ) -> tuple[Parts, Errors]:
-        """Quantizes a finite weight.
+        """Quantizes a finite weight, or a band of its rows (`Format.band_rows`).
 
         Args:
             fmt: the format.
-            source: the weight [N, K].
-            own_amax: its largest magnitude.
+            source: the weight [N, K], or the band.
+            own_amax: the weight's largest magnitude.
             group_amax: the largest magnitude of its fused group, where the format shares it.
+            absmax_mean: of a band's whole weight, for NF4 with dynamic double quantization (`CpuEngine.block_absmax`).
 
         Raises:
             OutOfRangeError: a dequantized value would not be finite in the source's dtype.
@@ -106,15 +117,26 @@ class CpuEngine:
         return np.float32(source.magnitudes(np.array([bits], source.raw.dtype))[0])
 
     def quantize(
-        self, fmt: Format, source: Source, own_amax: np.float32, group_amax: np.float32 | None = None
+        self,
+        fmt: Format,
+        source: Source,
+        own_amax: np.float32,
+        group_amax: np.float32 | None = None,
+        absmax_mean: np.float32 | None = None,
     ) -> tuple[Parts, Errors]:
         """See `Engine`."""
         unit = error_unit(own_amax)
-        amax = own_amax if group_amax is None else group_amax
-        parts, stages = cut(fmt, source, amax, unit)
+        shared = Shared(own_amax if group_amax is None else group_amax, unit, absmax_mean)
+        parts, stages = cut(fmt, source, shared)
         errors = total_errors([sums for pieces in stages for sums in self._run(pieces)], unit)
         check_range(fmt, parts, source, own_amax)
         return parts, errors
+
+    def block_absmax(self, fmt: NF4, source: Source) -> NDArray[np.float32]:
+        """See `Engine`."""
+        absmax = np.empty(-(-source.raw.size // fmt.block_size), np.float32)
+        self._run(cut_absmax(fmt, source, absmax))
+        return absmax
 
     def _run(self, pieces: Sequence[Work]) -> list[Sums]:
         return list(self._pool.map(lambda work: work(), pieces))

@@ -15,6 +15,9 @@ except ImportError:  # Windows has no flock
 
 from surogate_formats.errors import SurogateError, UsageError
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOLCK}
+"""What file systems say that know no locks, as some of clusters: two runs at once are the user's to avoid there."""
+
 
 class OutputExistsError(UsageError):
     """The output directory is a file, or holds something that we would mix with or destroy."""
@@ -24,8 +27,8 @@ class OutputInSourceError(UsageError):
     """The output directory is the source, inside it, or around it."""
 
 
-class LeftoverError(OutputExistsError):
-    """The output directory holds what a killed run left, and nothing else."""
+class OtherRunError(OutputExistsError):
+    """The output directory holds an unfinished run that was asked for something else."""
 
 
 class OutputBusyError(SurogateError):
@@ -56,19 +59,32 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds the directory against a second run; the lock goes with the process, so a crash locks nobody out."""
-    if fcntl is None:
+def locked(out: Path, *, surely: bool = False) -> Iterator[None]:
+    """Holds the directory against a second run; the lock goes with the process, so a crash locks nobody out.
+
+    Args:
+        out: the directory.
+        surely: take a system without locks for one where somebody else holds the directory.
+
+    Raises:
+        OutputBusyError: somebody else holds it.
+    """
+    if fcntl is None and not surely:
         yield
         return
     descriptor = os.open(out, os.O_RDONLY)
     try:
         try:
+            if fcntl is None:
+                raise BlockingIOError
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputBusyError(
                 f"`out` {out}: another run is writing there; wait for it, or choose another"
             ) from None
+        except OSError as error:
+            if surely or error.errno not in _NO_LOCKS:
+                raise
         yield
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,39 +27,57 @@ Stages: TypeAlias = Iterator[list[Work]]
 """Lists of pieces of work: each list is made when all pieces before it are done."""
 
 
-def cut(fmt: Format, source: Source, amax: np.float32, unit: np.float32) -> tuple[Parts, Stages]:
-    """Empty parts for the whole weight, and the pieces of work that fill them; the cuts depend on the shape alone.
+@dataclass(frozen=True)
+class Shared:
+    """What the pieces of a weight share; where the source is a band of a weight's rows, it is the whole weight's.
 
-    Args:
-        fmt: the format.
-        source: the weight.
+    Attributes:
         amax: the largest magnitude of its fused group.
         unit: error units in 1 (`kernels.errors`).
+        absmax_mean: the mean of all blocks' absmax, for NF4 with dynamic double quantization; None finds the source's.
     """
+
+    amax: np.float32
+    unit: np.float32
+    absmax_mean: np.float32 | None = None
+
+
+def cut(fmt: Format, source: Source, shared: Shared) -> tuple[Parts, Stages]:
+    """Empty parts for the source, and the pieces of work that fill them; the cuts depend on the shape alone."""
     parts: Parts = {
         part: np.empty(spec.shape, NUMPY[spec.dtype]) for part, spec in fmt.part_specs(source.raw.shape).items()
     }
-    return parts, CUTTERS[fmt.name](fmt, source, parts, amax, unit)
+    return parts, CUTTERS[fmt.name](fmt, source, parts, shared)
 
 
-def _nf4(fmt: NF4, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Stages:
+def _nf4(fmt: NF4, source: Source, parts: Parts, shared: Shared) -> Stages:
     """With dynamic double quantization the mean of all absmax stands between two passes over the weight."""
-    from surogate_quantize.kernels.nf4_absmax import block_absmax, mean_absmax
+    from surogate_quantize.kernels.nf4_absmax import mean_absmax
 
-    places = list(_whole_groups(source.raw.size, fmt.block_size))
-    if fmt.double_quant == "dynamic":
-        flat, absmax = source.raw.reshape(-1), np.empty(parts["absmax"].shape, np.float32)
-        what = (source.kind, source.mask, fmt.block_size)
-        yield [_bound(block_absmax, flat[values], *what, absmax[blocks]) for values, blocks, _ in places]
+    if fmt.double_quant == "dynamic" and shared.absmax_mean is None:
+        absmax = np.empty(parts["absmax"].shape, np.float32)
+        yield cut_absmax(fmt, source, absmax)
         parts["nested_offset"][0] = mean_absmax(absmax)
-    yield [_nf4_piece(fmt, source, parts, unit, *place) for place in places]
+    elif fmt.double_quant == "dynamic":
+        parts["nested_offset"][0] = shared.absmax_mean
+    yield [_nf4_piece(fmt, source, parts, shared.unit, *place) for place in _whole_groups(source, fmt)]
 
 
-def _whole_groups(count: int, block: int) -> Iterator[tuple[slice, slice, slice]]:
+def cut_absmax(fmt: NF4, source: Source, absmax: NDArray[np.float32]) -> list[Work]:
+    """The pieces of work that fill float32 [blocks]."""
+    from surogate_quantize.kernels.nf4_absmax import block_absmax
+
+    flat, what = source.raw.reshape(-1), (source.kind, source.mask, fmt.block_size)
+    return [
+        _bound(block_absmax, flat[values], *what, absmax[blocks]) for values, blocks, _ in _whole_groups(source, fmt)
+    ]
+
+
+def _whole_groups(source: Source, fmt: NF4) -> Iterator[tuple[slice, slice, slice]]:
     """Values, blocks and groups of blocks of each piece."""
-    span = block * BLOCKS_PER_GROUP
+    span = fmt.block_size * BLOCKS_PER_GROUP
     step = max(PIECE // span, 1)
-    for group in range(0, -(-count // span), step):
+    for group in range(0, -(-source.raw.size // span), step):
         groups = slice(group, group + step)
         blocks = slice(groups.start * BLOCKS_PER_GROUP, groups.stop * BLOCKS_PER_GROUP)
         yield slice(groups.start * span, groups.stop * span), blocks, groups
@@ -81,12 +100,12 @@ def _nf4_piece(
     return _bound(quantize_nf4, source.raw.reshape(-1)[values], *what, codes, *outputs)
 
 
-def _nvfp4(fmt: NVFP4, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Iterator[Work]:
+def _nvfp4(fmt: NVFP4, source: Source, parts: Parts, shared: Shared) -> Iterator[Work]:
     from surogate_quantize.kernels.nvfp4 import METRICS, quantize_nvfp4
 
-    g = fmt.divisor(amax)
+    g = fmt.divisor(shared.amax)
     parts["global_scale"][:] = fmt.stored_global_scale(g)
-    choice = (fmt.four_over_six, METRICS[fmt.metric], unit)
+    choice = (fmt.four_over_six, METRICS[fmt.metric], shared.unit)
     if fmt.two_d:
         raw, codes, scale = source.raw, parts["codes"], parts["scale"].view(np.uint8)
         for rows in _bands(raw.shape, BLOCK):
@@ -101,21 +120,22 @@ def _nvfp4(fmt: NVFP4, source: Source, parts: Parts, amax: np.float32, unit: np.
         yield _bound(quantize_nvfp4, raw[:, start:end], source.kind, source.mask, 1, g, *choice, *outputs)
 
 
-def _fp8(fmt: FP8, source: Source, parts: Parts, amax: np.float32, unit: np.float32) -> Iterator[Work]:
+def _fp8(fmt: FP8, source: Source, parts: Parts, shared: Shared) -> Iterator[Work]:
     from surogate_quantize.kernels.fp8 import quantize_fp8
 
     codes = parts["codes"].view(np.uint8)
     if fmt.scaling == "tensor":
-        parts["scale"][:] = scale = fmt.scales(np.array([amax], np.float32))
+        parts["scale"][:] = scale = fmt.scales(np.array([shared.amax], np.float32))
         raw, codes = _one_row(source.raw), _one_row(codes)
         for start in range(0, raw.size, PIECE):
             piece = slice(start, start + PIECE)
-            yield _bound(quantize_fp8, raw[:, piece], source.kind, scale[None], 1, PIECE, unit, codes[:, piece])
+            what = (source.kind, scale[None], 1, PIECE, shared.unit)
+            yield _bound(quantize_fp8, raw[:, piece], *what, codes[:, piece])
         return
     tile = (TILE, TILE) if fmt.scaling == "block" else (1, source.raw.shape[1])
     for band in _bands(source.raw.shape, tile[0]):
         scale = parts["scale"][band.start // tile[0] : -(-band.stop // tile[0])]
-        yield _bound(_fp8_tiles, fmt, source, source.raw[band], tile, unit, codes[band], scale)
+        yield _bound(_fp8_tiles, fmt, source, source.raw[band], tile, shared.unit, codes[band], scale)
 
 
 def _fp8_tiles(

@@ -55,6 +55,8 @@ def run_table(summary: RunSummary) -> RenderableType:
     peak = f", peak memory {size(summary.peak_rss_bytes)}" if summary.peak_rss_bytes else ""
     table.add_row("time", f"{summary.seconds:.1f} s, {summary.megabytes_per_second:.0f} MB/s on {summary.device}{peak}")
     table.add_row("files", ", ".join(summary.carried_over) or "no tokenizer or licence beside the source")
+    if summary.reused_shards:
+        table.add_row("reused", f"{summary.reused_shards} of {summary.plan.shards} shards of an unfinished run")
     table.add_row("written to", summary.out)
     return table
 

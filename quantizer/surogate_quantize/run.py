@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from surogate_formats.checkpoint.index import INDEX
 from surogate_formats.format import to_dict
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
 from surogate_quantize.advice import Comparison, warnings_before
+from surogate_quantize.bands import DEFAULT_MAX_MEMORY, band_bytes, check_budget
 from surogate_quantize.devices import open_engine
+from surogate_quantize.engine import Engine, available_cpus
 from surogate_quantize.hub.opening import OpenedSource, open_source
-from surogate_quantize.options import Options
-from surogate_quantize.output import check_output, staged
+from surogate_quantize.options import Options, parse_size
+from surogate_quantize.output import check_output
+from surogate_quantize.output_shards import Results
 from surogate_quantize.plan import Plan, PlannedTensor, make_plan
+from surogate_quantize.ranks.environment import local_share
+from surogate_quantize.ranks.errors import DifferentPlansError
+from surogate_quantize.ranks.sharing import staged_together
+from surogate_quantize.ranks.team import Alone, Team, joined
+from surogate_quantize.results import Result
+from surogate_quantize.run_identity import Identity, check_unchanged, difference, run_identity
 from surogate_quantize.sidecars import (
     carried_names,
     carry_over,
@@ -26,16 +35,16 @@ from surogate_quantize.sidecars import (
     shard_index,
     shard_names,
 )
-from surogate_quantize.stream import Result, run_stream
 from surogate_quantize.summary import RunSummary, summarize_run
-from surogate_quantize.syncing import sync_directory, write_synced
+from surogate_quantize.syncing import write_synced
 from surogate_quantize.version import VERSION
+from surogate_quantize.work import Work
 
 HEADER_ROOM = 64 << 20
 """Bytes of free disk asked for beyond the tensors: headers, manifest, tokenizer."""
 
-Watch = Callable[[Plan], Callable[[PlannedTensor], None]]
-"""Told the plan before the first tensor; returns what is called after each."""
+Watch = Callable[[Plan, Sequence[PlannedTensor]], Callable[[PlannedTensor], None]]
+"""Told the plan, and those of its tensors that will be worked on; returns what is called after each of them."""
 
 
 def dry_run(
@@ -78,10 +87,12 @@ def quantize(
     *,
     device: str = "auto",
     workers: int | None = None,
+    max_memory: int | str = DEFAULT_MAX_MEMORY,
     overwrite: bool = False,
     revision: str | None = None,
     token: str | None = None,
     keep_source: bool = False,
+    ranks: bool = False,
     watch: Watch | None = None,
 ) -> RunSummary:
     """Quantizes a checkpoint into an artifact.
@@ -96,53 +107,115 @@ def quantize(
         options: what to do.
         device: `cpu`, `cuda`, or `auto`: `cuda` where CuPy and a GPU can do it, else `cpu`. It changes no byte.
         workers: threads; None takes one a CPU.
+        max_memory: bytes, or a text such as `2GiB`, that the process should stay inside; it changes no byte.
         overwrite: replace an artifact that stands in `out`, once the new one is complete.
         revision: branch, tag or commit on the Hub; None takes its default branch.
         token: for the Hub; None takes HF_TOKEN, else the stored login.
         keep_source: leave downloaded shards in the Hub's cache.
+        ranks: take part in the run of the processes that torchrun has started, all of which call this function; the
+            bytes are those that one process makes.
         watch: for progress bars.
 
     Raises:
-        SurogateError: see the classes of `surogate_quantize` and `surogate_formats`; nothing is left in `out` then.
+        SurogateError: see the classes of `surogate_quantize` and `surogate_formats`. Nothing is left in `out` then but
+            shards that were finished, with which the same call goes on.
     """
     started = time.perf_counter()
-    out_path = Path(out)
+    out_path, budget = Path(out), parse_size(max_memory)
+    limit = band_bytes(budget)
     with ExitStack() as stack:
-        opened = stack.enter_context(
-            open_source(model, out_path, revision=revision, token=token, keep_source=keep_source)
-        )
-        source = opened.checkpoint
-        check_output(out_path, source.directory, overwrite=overwrite)
-        sidecars = find_sidecars(source.directory)
-        made = make_plan(source, options)
-        engine = stack.enter_context(open_engine(device, made.options.format, workers))
-        comparison = Comparison(engine, made.options)
-        needed = sum(tensor.stored_bytes for tensor in made.tensors) + HEADER_ROOM + opened.room
-        names, configs = shard_names(made.shards), quantized_configs(dict(source.config), made)
-        with staged(out_path, needed) as staging:
-            # Before the stream, which deletes what it has read of a model on the Hub.
-            advice = [*warnings_before(source, made), *comparison.advice(source, made)]
-            progress = _telling(opened, watch(made) if watch else lambda tensor: None)
-            results = run_stream(source, made, engine, [staging / name for name in names], progress)
-            carried = carry_over(source.directory, sidecars, staging)
-            own = {**configs, **({INDEX: shard_index(made, names)} if len(names) > 1 else {})}
-            for name, data in own.items():
-                write_synced(staging / name, data)
-            hashes = carried | {name: hashlib.sha256(data).hexdigest() for name, data in own.items()}
-            manifest = make_manifest(opened, made, results, hashes)
-            write_synced(staging / MANIFEST_NAME, manifest.to_json().encode())
-            sync_directory(staging)
-    seconds = time.perf_counter() - started
-    told = {"out": str(out), "device": engine.device}
-    return summarize_run(made, results, **told, seconds=seconds, carried=carried_names(sidecars), advice=advice)
+        team: Team = stack.enter_context(joined()) if ranks else Alone()
+        threads = workers or local_share(available_cpus())
+
+        def prepare() -> _Prepared:
+            opened = stack.enter_context(
+                open_source(model, out_path, revision=revision, token=token, keep_source=keep_source)
+            )
+            if team.rank == 0:
+                check_output(out_path, opened.checkpoint.directory, overwrite=overwrite)
+            sidecars = find_sidecars(opened.checkpoint.directory)
+            made = make_plan(opened.checkpoint, options)
+            check_budget(made, limit, budget)
+            engine = stack.enter_context(open_engine(device, made.options.format, threads))
+            return _Prepared(opened, sidecars, made, engine, run_identity(opened, made))
+
+        job = prepared(team, prepare)
+        with staged_together(team, out_path, job.identity, job.plan.shards, overwrite=overwrite) as staging:
+            work = Work.found(team, job.plan, staging, threads)
+            team.together(lambda: staging.check_room(work.bytes_to_write + HEADER_ROOM + job.opened.room))
+            results, advice = _stream(job, work, limit, watch)
+            team.together(lambda: _write_rest(job, staging.files, results) if team.rank == 0 else None)
+    return summarize_run(
+        job.plan,
+        results,
+        out=str(out),
+        reused_shards=work.reused_shards,
+        device=job.engine.device,
+        seconds=time.perf_counter() - started,
+        carried=carried_names(job.sidecars),
+        advice=advice,
+    )
 
 
-def _telling(opened: OpenedSource, progress: Callable[[PlannedTensor], None]) -> Callable[[PlannedTensor], None]:
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run knows before it writes."""
+
+    opened: OpenedSource
+    sidecars: tuple[str, ...]
+    plan: Plan
+    engine: Engine
+    identity: Identity
+
+
+def prepared(team: Team, prepare: Callable[[], _Prepared]) -> _Prepared:
+    """What `prepare` returns here, once it has returned the same on every rank.
+
+    Raises:
+        DifferentPlansError: ranks were asked for different things, or see different sources.
+    """
+    here: list[_Prepared] = []
+
+    def step() -> Identity:
+        here.append(prepare())
+        return here[0].identity
+
+    for rank, identity in enumerate(team.together(step)):
+        if (differs := difference(identity, here[0].identity)) is not None:
+            raise DifferentPlansError(f"ranks {rank} and {team.rank} differ: {differs}; give all the same command")
+    return here[0]
+
+
+def _stream(job: _Prepared, work: Work, limit: int, watch: Watch | None) -> tuple[Results, list[str]]:
+    """Makes the shards; returns what became of all tensors, and advice."""
+    opened, plan, source = job.opened, job.plan, job.opened.checkpoint
+    opened.expect(work.own)
+    progress = watch(plan, work.own) if watch else lambda tensor: None
+
     def settled(tensor: PlannedTensor) -> None:
         opened.settled(tensor)
         progress(tensor)
+        work.team.pulse()
 
-    return settled
+    # Before the stream, which deletes what it has read of a model on the Hub.
+    comparison = Comparison(job.engine, plan.options).advice(source, work.own, limit) if work.team.rank == 0 else []
+    results = work.measured(source, job.engine, limit).run(source, job.engine, limit, settled)
+    return results, [*warnings_before(source, plan), *comparison]
+
+
+def _write_rest(job: _Prepared, files: Path, results: Results) -> None:
+    """Writes everything beside the shards, the manifest last."""
+    check_unchanged(job.opened, job.identity)
+    hashes = carry_over(job.opened.checkpoint.directory, job.sidecars, files)
+    names = shard_names(job.plan.shards)
+    own = quantized_configs(dict(job.opened.checkpoint.config), job.plan)
+    if len(names) > 1:
+        own[INDEX] = shard_index(job.plan, names)
+    for name, data in own.items():
+        write_synced(files / name, data)
+        hashes[name] = hashlib.sha256(data).hexdigest()
+    manifest = make_manifest(job.opened, job.plan, results, hashes)
+    write_synced(files / MANIFEST_NAME, manifest.to_json().encode())
 
 
 def make_manifest(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from surogate_formats.dtypes import BITS
 from surogate_formats.layouts import StoredTensor
+from surogate_quantize.syncing import sync
+
+_SEEKING = threading.Lock()
+"""Held where the system has no write at an offset, and threads would move each other's position."""
 
 ALIGNMENT = 256
 """Bytes; the payload starts at a multiple, so that views of large tensors are aligned for vector loads."""
@@ -30,8 +35,8 @@ class ShardWriter:
     def __init__(self, path: Path, tensors: Sequence[StoredTensor]) -> None:
         """Writes the header and sizes the file; the payload is a hole until it is written."""
         self.path = path
-        ordered = sorted(tensors, key=lambda tensor: -BITS[tensor.spec.dtype])
-        header, self._places = _header(ordered)
+        header, places = shard_header(tensors)
+        self._payloads = {name: _Payload(start, end) for name, (start, end) in places.items()}
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         os.ftruncate(self._file, len(header) + sum(tensor.spec.nbytes for tensor in tensors))
         _write_all(self._file, memoryview(header), 0)
@@ -46,28 +51,45 @@ class ShardWriter:
         """Closes the file."""
         os.close(self._file)
 
+    def append(self, name: str, chunk: memoryview) -> None:
+        """Writes what follows in a tensor's payload. Thread-safe for different tensors."""
+        payload = self._payloads[name]
+        _write_all(self._file, chunk, payload.position)
+        payload.digest.update(chunk)
+        payload.position += chunk.nbytes
+
+    def digest(self, name: str) -> str:
+        """The SHA-256 of a tensor's whole payload, all of which has been written."""
+        payload = self._payloads[name]
+        if payload.position != payload.end:
+            raise AssertionError(f"{name}: wrote {payload.position - payload.end:+} bytes too many")
+        return payload.digest.hexdigest()
+
     def write(self, name: str, chunks: Iterable[memoryview]) -> str:
-        """Writes a tensor's payload; returns its sha256. Thread-safe for different tensors."""
-        position, end = self._places[name]
-        digest = hashlib.sha256()
+        """Writes a tensor's payload; returns its SHA-256. Thread-safe for different tensors."""
         for chunk in chunks:
-            _write_all(self._file, chunk, position)
-            digest.update(chunk)
-            position += chunk.nbytes
-        if position != end:
-            raise AssertionError(f"{name}: wrote {position - end:+} bytes too many")
-        return digest.hexdigest()
+            self.append(name, chunk)
+        return self.digest(name)
 
     def sync(self) -> None:
         """Waits until the disk has the bytes."""
-        os.fsync(self._file)
+        sync(self._file)
 
 
-def _header(tensors: Sequence[StoredTensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+class _Payload:
+    """How far a tensor's payload is written."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.position, self.end = start, end
+        self.digest = hashlib.sha256()
+
+
+def shard_header(tensors: Sequence[StoredTensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The bytes before a shard's payload, and where in the file each tensor starts and ends."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     ends: dict[str, tuple[int, int]] = {}
     position = 0
-    for tensor in tensors:
+    for tensor in sorted(tensors, key=lambda tensor: -BITS[tensor.spec.dtype]):
         end = position + tensor.spec.nbytes
         entries[tensor.name] = {
             "dtype": tensor.spec.dtype,
@@ -86,5 +108,13 @@ def _header(tensors: Sequence[StoredTensor]) -> tuple[bytes, dict[str, tuple[int
 def _write_all(file: int, data: memoryview, position: int) -> None:
     data = data.cast("B")
     while data.nbytes:
-        written = os.pwrite(file, data, position)
+        written = _write_at(file, data, position)
         data, position = data[written:], position + written
+
+
+def _write_at(file: int, data: memoryview, position: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, data, position)
+    with _SEEKING:  # Windows
+        os.lseek(file, position, os.SEEK_SET)
+        return os.write(file, data)

@@ -3,154 +3,203 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import numpy as np
 
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.format import Parts
-from surogate_formats.layouts import StoredTensor, stored_arrays
-from surogate_formats.manifest import TensorRecord
+from surogate_formats.format import Format, Parts
+from surogate_formats.layouts import stored_arrays
+from surogate_quantize.bands import Band, cut_bands
 from surogate_quantize.engine import Engine
 from surogate_quantize.kept import COPY_PIECE, KeptTensor
 from surogate_quantize.options import Options
+from surogate_quantize.output_shards import OutputShards, Results
 from surogate_quantize.plan import Plan, PlannedTensor
+from surogate_quantize.results import Result, kept_result, quantized_result
 from surogate_quantize.shard import ShardWriter
 from surogate_quantize.weight_errors import Errors
-from surogate_quantize.weight_reader import READ_AHEAD, Weight, WeightReader, named
+from surogate_quantize.weight_reader import Weight, WeightReader, named
 
 WRITES_IN_FLIGHT = 3
 BYTES_IN_FLIGHT = 64 << 20
-"""Quantized tensors wait to be written up to this many, and up to this sum of bytes."""
+"""Quantized bands wait to be written up to this many, and up to this sum of bytes."""
 
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one tensor."""
-
-    record: TensorRecord
-    errors: Errors | None
-    finite: bool
-
+_THREADS = {"read": 1, "write": 2, "finish": 1}
+"""Threads beside the engine's, by what they do; syncing a shard takes a while, and holds up nothing."""
 
 Progress = Callable[[PlannedTensor], None]
 
 
 def run_stream(
-    source: Checkpoint, plan: Plan, engine: Engine, paths: list[Path], progress: Progress
-) -> dict[str, Result]:
-    """Quantizes and writes every tensor of the plan; returns what became of each, in the plan's order.
+    source: Checkpoint,
+    plan: Plan,
+    engine: Engine,
+    shards: OutputShards,
+    which: Sequence[int],
+    *,
+    limit: int,
+    amax: Mapping[str, np.float32],
+    progress: Progress,
+) -> Results:
+    """Quantizes and writes the tensors of some shards; returns what became of each, in the plan's order.
 
     Args:
         source: the open checkpoint.
         plan: the plan.
         engine: quantizes weights.
-        paths: where each shard of the plan goes; each is synced to disk.
+        shards: where they go; each is finished when its last tensor is written.
+        which: indices of the shards, ascending.
+        limit: bytes of a band, see `bands.band_bytes`.
+        amax: largest magnitudes that need not be looked for.
         progress: called after each tensor, in the plan's order.
 
     Raises:
         SurogateError: a weight that can't be quantized; the message names its file and tensor.
     """
-    results: dict[str, Result] = {}
+    tensors = [tensor for index in which for tensor in shards.tensors[index]]
     with ExitStack() as stack:
-        # Before the threads, so that the files are closed after them: a closed descriptor's number is soon another's.
-        shards = [stack.enter_context(ShardWriter(path, _contents(plan, i))) for i, path in enumerate(paths)]
-        reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="read"))
-        writer = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="write"))
-        weights = WeightReader(source, plan, engine)
-        pending: deque[tuple[PlannedTensor, Future[Result]]] = deque()
-
-        def settle(tensors: int, size: int) -> None:
-            while len(pending) > tensors or sum(_size_in_memory(tensor) for tensor, _ in pending) > size:
-                tensor, future = pending.popleft()
-                results[tensor.info.name] = future.result()
-                progress(tensor)
-
-        for tensor, loaded in _read_ahead(plan, weights, reader):
-            shard = shards[tensor.shard]
+        # Before the threads, so that files are closed after them: a closed descriptor's number is soon another's.
+        stack.enter_context(shards)
+        pools = {name: stack.enter_context(_started(name, count)) for name, count in _THREADS.items()}
+        weights = WeightReader(source, plan, engine, limit, amax)
+        settling = _Settling(shards, weights, pools["finish"], progress)
+        for tensor, loaded in _read_ahead(plan.options.format, tensors, weights, pools["read"], limit):
+            shard = shards.writer(tensor.shard)
             if loaded is None:
-                future = writer.submit(_copy, source, tensor, shard)
+                copied = pools["write"].submit(_copy, source, tensor, shard)
+                settling.add(tensor, copied, min(COPY_PIECE, tensor.stored_bytes))
             else:
-                parts, errors = _quantize(source, plan, engine, weights, tensor, loaded)
-                weights.release(loaded)
-                future = writer.submit(_write, plan.options, tensor, shard, parts, errors)
-                del parts
+                band, weight = loaded
+                parts, errors = _quantize(source, plan, engine, weights, band, weight)
+                weights.release(weight)
+                size, before = sum(part.nbytes for part in parts.values()), settling.last if band.start else None
+                written = pools["write"].submit(_write, plan.options, band, shard, parts, errors, weight.amax, before)
+                del parts, weight
+                settling.add(tensor, written, size)
             del loaded  # the next weight must not be read while this one is held
-            pending.append((tensor, future))
-            settle(WRITES_IN_FLIGHT, BYTES_IN_FLIGHT)
-        settle(0, 0)
-        for shard in shards:
-            shard.sync()
-    return results
+            settling.settle(WRITES_IN_FLIGHT, BYTES_IN_FLIGHT)
+        settling.settle(0, 0)
+        return settling.results()
 
 
-def _contents(plan: Plan, shard: int) -> list[StoredTensor]:
-    return [stored for tensor in plan.tensors if tensor.shard == shard for stored in tensor.stored.values()]
+def _started(name: str, count: int) -> ThreadPoolExecutor:
+    """A pool whose threads run: one that a signal met while it was started would not be waited for at the end."""
+    pool, running = ThreadPoolExecutor(count, thread_name_prefix=name), Barrier(count)
+    try:
+        for waiting in [pool.submit(running.wait) for _ in range(count)]:
+            waiting.result()
+    except BaseException:
+        running.abort()
+        raise
+    return pool
 
 
-def _size_in_memory(tensor: PlannedTensor) -> int:
-    return tensor.stored_bytes if tensor.decision.quantize else min(COPY_PIECE, tensor.stored_bytes)
+class _Settling:
+    """Bands that wait to be written, and what became of tensors and shards.
+
+    Attributes:
+        last: the band that was added last.
+    """
+
+    def __init__(
+        self, shards: OutputShards, weights: WeightReader, finisher: ThreadPoolExecutor, progress: Progress
+    ) -> None:
+        self._shards, self._weights, self._finisher, self._progress = shards, weights, finisher, progress
+        self._pending: deque[tuple[PlannedTensor, Future[Any], int]] = deque()
+        self._results: dict[int, Results] = {}
+        self._finishing: list[Future[None]] = []
+        self.last: Future[Any] | None = None
+
+    def add(self, tensor: PlannedTensor, written: Future[Any], size: int) -> None:
+        """Takes note of a band of `size` bytes in memory that is being written."""
+        self.last = written
+        self._pending.append((tensor, written, size))
+
+    def settle(self, bands: int, size: int) -> None:
+        """Waits until no more bands, and no more bytes, wait to be written."""
+        while len(self._pending) > bands or sum(waiting for *_, waiting in self._pending) > size:
+            tensor, written, _ = self._pending.popleft()
+            done = written.result()
+            if isinstance(done, Result):
+                self._settled(tensor, done)
+        for finished in self._finishing:
+            if finished.done():
+                finished.result()
+
+    def results(self) -> Results:
+        """What became of every tensor, once all shards are finished."""
+        for finished in self._finishing:
+            finished.result()
+        return {name: result for results in self._results.values() for name, result in results.items()}
+
+    def _settled(self, tensor: PlannedTensor, result: Result) -> None:
+        results = self._results.setdefault(tensor.shard, {})
+        results[tensor.info.name] = result
+        self._progress(tensor)
+        if len(results) == len(self._shards.tensors[tensor.shard]):
+            arguments = (tensor.shard, results, dict(self._weights.known))
+            self._finishing.append(self._finisher.submit(self._shards.finish, *arguments))
 
 
 def _read_ahead(
-    plan: Plan, weights: WeightReader, thread: ThreadPoolExecutor
-) -> Iterator[tuple[PlannedTensor, Weight | None]]:
-    """Tensors in order, weights to be quantized with their values; the next one is read while one is worked on."""
-    ahead: dict[str, Future[Weight]] = {}
-    upcoming = deque(plan.quantized)
+    fmt: Format, tensors: Iterable[PlannedTensor], weights: WeightReader, thread: ThreadPoolExecutor, limit: int
+) -> Iterator[tuple[PlannedTensor, tuple[Band, Weight] | None]]:
+    """Tensors in order, weights to be quantized band by band; the next one is read while one is worked on."""
+    upcoming = deque(band for t in tensors if t.decision.quantize for band in cut_bands(fmt, t, limit))
+    ahead: Future[Weight] | None = None
 
-    def start_next() -> None:
-        if upcoming and upcoming[0].info.name not in ahead and upcoming[0].info.nbytes <= READ_AHEAD:
-            ahead[upcoming[0].info.name] = thread.submit(weights.load, upcoming[0])
+    def start_next() -> Future[Weight] | None:
+        return thread.submit(weights.load, upcoming[0]) if upcoming and upcoming[0].nbytes <= limit else None
 
-    for tensor in plan.tensors:
+    for tensor in tensors:
         if not tensor.decision.quantize:
-            start_next()
+            ahead = ahead or start_next()
             yield tensor, None
-            continue
-        upcoming.popleft()
-        waiting = ahead.pop(tensor.info.name, None)
-        loaded = waiting.result() if waiting else weights.load(tensor)
-        start_next()
-        del waiting
-        yield tensor, loaded
-        del loaded
+        while upcoming and upcoming[0].tensor is tensor:
+            loaded = ahead.result() if ahead else weights.load(upcoming[0])
+            band, ahead = upcoming.popleft(), None
+            ahead = start_next()
+            yield tensor, (band, loaded)
+            del loaded
 
 
 def _quantize(
-    source: Checkpoint, plan: Plan, engine: Engine, weights: WeightReader, tensor: PlannedTensor, loaded: Weight
+    source: Checkpoint, plan: Plan, engine: Engine, weights: WeightReader, band: Band, weight: Weight
 ) -> tuple[Parts, Errors]:
+    tensor = band.tensor
+    shared = (weights.group_amax(tensor), weights.absmax_mean(tensor))
     with named(source, tensor):
-        return engine.quantize(plan.options.format, loaded.source, loaded.amax, weights.group_amax(tensor))
+        return engine.quantize(plan.options.format, weight.source, weight.amax, *shared)
 
 
-def _write(options: Options, tensor: PlannedTensor, shard: ShardWriter, parts: Parts, errors: Errors) -> Result:
-    hashes = {}
+def _write(
+    options: Options,
+    band: Band,
+    shard: ShardWriter,
+    parts: Parts,
+    errors: Errors,
+    amax: np.float32,
+    before: Future[Errors] | None,
+) -> Result | Errors:
+    """Writes a band after the one before it; returns the errors so far, after the last band what became of all."""
+    errors = before.result() + errors if before else errors
+    tensor = band.tensor
     arrays = stored_arrays(options.layout, options.format, parts, tensor.info.shape, tensor.info.dtype)
     for part, stored in tensor.stored.items():
-        hashes[stored.name] = shard.write(stored.name, [arrays[part].reshape(-1).view(np.uint8).data])
-    record = _record(tensor, hashes, errors)
-    return Result(record, errors, finite=True)
+        if band.start == 0 or arrays[part].nbytes < stored.spec.nbytes:  # else one value for all bands
+            shard.append(stored.name, arrays[part].reshape(-1).view(np.uint8).data)
+    if not band.last:
+        return errors
+    hashes = {stored.name: shard.digest(stored.name) for stored in tensor.stored.values()}
+    return quantized_result(tensor, hashes, errors, amax)
 
 
 def _copy(source: Checkpoint, tensor: PlannedTensor, shard: ShardWriter) -> Result:
     kept = KeptTensor(source, tensor)
     digest = shard.write(tensor.info.name, kept.chunks())
-    return Result(_record(tensor, {tensor.info.name: digest}, None), None, kept.finite)
-
-
-def _record(tensor: PlannedTensor, hashes: dict[str, str], errors: Errors | None) -> TensorRecord:
-    return TensorRecord(
-        decision="quantize" if tensor.decision.quantize else "keep",
-        reason=tensor.decision.reason,
-        dtype=tensor.info.dtype,
-        shape=tensor.info.shape,
-        bits_per_weight=tensor.bits_per_weight,
-        stored=hashes,
-        relative_error=errors.relative if errors else None,
-        max_error=errors.max_error if errors else None,
-    )
+    return kept_result(tensor, digest, finite=kept.finite)

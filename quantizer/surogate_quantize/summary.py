@@ -11,7 +11,7 @@ from typing import Any
 
 from surogate_formats.format import to_dict
 from surogate_quantize.plan import Plan, PlannedTensor, count_reasons
-from surogate_quantize.stream import Result
+from surogate_quantize.results import Result
 from surogate_quantize.weight_errors import Errors
 
 SCHEMA_VERSION = 1
@@ -58,6 +58,7 @@ class RunSummary:
     Attributes:
         plan: the sizes.
         out: the artifact's directory.
+        reused_shards: how many of the shards an earlier run had finished.
         device: what quantized the weights: `cpu`, or `cuda:0` and the GPU's name.
         relative_error: ||dequantized - source|| / ||source|| over all quantized weights.
         relative_error_by_projection: the same by the last part of the module's name.
@@ -71,6 +72,7 @@ class RunSummary:
 
     plan: PlanSummary
     out: str
+    reused_shards: int
     device: str
     relative_error: float
     relative_error_by_projection: Mapping[str, float]
@@ -136,6 +138,7 @@ def summarize_run(
     results: Mapping[str, Result],
     *,
     out: str,
+    reused_shards: int,
     device: str,
     seconds: float,
     carried: Iterable[str],
@@ -151,6 +154,7 @@ def summarize_run(
     return RunSummary(
         plan=summary,
         out=out,
+        reused_shards=reused_shards,
         device=device,
         relative_error=_relative(measured.values()),
         relative_error_by_projection={name: _relative(errors) for name, errors in by_projection.items()},

@@ -14,17 +14,33 @@ Sums = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Errors:
-    """How far a quantized weight is from its source.
+    """How far a quantized weight is from its source; exact sums, so those of its bands add up to it.
 
     Attributes:
-        squared_error: sum of (dequantized - source)^2.
-        squared_sum: sum of source^2.
+        error, square: sum of (dequantized - source)^2 and of source^2, in squared units.
+        unit: error units in 1 (`error_unit`).
         max_error: the largest |dequantized - source|.
     """
 
-    squared_error: float
-    squared_sum: float
+    error: int
+    square: int
+    unit: float
     max_error: float
+
+    def __add__(self, other: Errors) -> Errors:
+        """The errors of two bands of one weight together."""
+        worst = max(self.max_error, other.max_error)
+        return Errors(self.error + other.error, self.square + other.square, self.unit, worst)
+
+    @property
+    def squared_error(self) -> float:
+        """Sum of (dequantized - source)^2."""
+        return self.error / self.unit**2
+
+    @property
+    def squared_sum(self) -> float:
+        """Sum of source^2."""
+        return self.square / self.unit**2
 
     @property
     def relative(self) -> float:
@@ -42,10 +58,6 @@ def error_unit(amax: np.float32) -> np.float32:
 
 def total_errors(sums: Sequence[Sums], unit: np.float32) -> Errors:
     """The errors of a weight from the sums over its pieces; however it was cut, the result is the same."""
-    scale = float(unit) ** 2
     worst = np.array([max((worst for _, _, worst in sums), default=0)], np.uint32).view(np.float32)
-    return Errors(
-        squared_error=sum(int(error) for error, _, _ in sums) / scale,
-        squared_sum=sum(int(square) for _, square, _ in sums) / scale,
-        max_error=float(worst[0]),
-    )
+    error, square = sum(int(error) for error, _, _ in sums), sum(int(square) for _, square, _ in sums)
+    return Errors(error, square, float(unit), float(worst[0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,18 +12,23 @@ from numpy.typing import NDArray
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.errors import NonFiniteWeightError, OutOfRangeError
+from surogate_formats.nf4 import NF4
+from surogate_quantize.bands import Band
 from surogate_quantize.engine import Engine
 from surogate_quantize.kept import COPY_PIECE
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.source import Source
 
-READ_AHEAD = 128 << 20
-"""Bytes: a larger weight is not read while another is quantized, and fused groups are held up to this sum."""
-
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight's values and its own largest magnitude; `buffer` is the memory that they stand in."""
+    """Values of a weight, or of a band of it, and the whole weight's largest magnitude.
+
+    Attributes:
+        source: the values.
+        amax: the whole weight's largest magnitude.
+        buffer: the memory that the values stand in.
+    """
 
     source: Source
     amax: np.float32
@@ -31,76 +36,121 @@ class Weight:
 
 
 class WeightReader:
-    """Reads weights and their largest magnitudes; holds the members of a small fused group until they are asked for."""
+    """Reads weights and their largest magnitudes; holds the members of a small fused group until they are asked for.
 
-    def __init__(self, source: Checkpoint, plan: Plan, engine: Engine) -> None:
+    Args:
+        source: the open checkpoint.
+        plan: the plan.
+        engine: finds largest magnitudes.
+        limit: bytes of weights held for later, and of memory kept for reuse.
+        known: largest magnitudes that need not be looked for.
+    """
+
+    def __init__(
+        self, source: Checkpoint, plan: Plan, engine: Engine, limit: int, known: Mapping[str, np.float32]
+    ) -> None:
+        """Reads nothing yet."""
         self._source = source
         self._engine = engine
+        self._limit = limit
         self._tensors = {tensor.info.name: tensor for tensor in plan.tensors}
+        fmt = plan.options.format
+        self._dynamic = fmt if isinstance(fmt, NF4) and fmt.double_quant == "dynamic" else None
         self._held: dict[str, Weight] = {}
-        self._amax: dict[str, np.float32] = {}
-        large = [tensor.info.nbytes for tensor in plan.quantized if tensor.info.nbytes > READ_AHEAD]
-        self._large = engine.host_memory(max(large, default=0))
+        self._amax: dict[str, np.float32] = dict(known)
+        self._absmax_mean: dict[str, np.float32] = {}
         self._free: list[NDArray[np.uint8]] = []
 
-    def load(self, tensor: PlannedTensor) -> Weight:
-        """The weight's values, and the largest magnitude of its fused group."""
-        name = tensor.info.name
-        loaded = self._held.pop(name, None) or self._read(tensor)
-        others = [self._tensors[member] for member in tensor.group if member not in self._amax]
+    def load(self, band: Band) -> Weight:
+        """The band's values; the largest magnitudes of the weight's fused group are known from then on."""
+        name = band.tensor.info.name
+        loaded = self._held.pop(name, None) or (self._read(band.tensor) if band.whole else self._read_band(band))
+        others = [self._tensors[member] for member in band.tensor.group if member not in self._amax]
         held = sum(held.source.raw.nbytes for held in self._held.values())
-        hold = held + sum(member.info.nbytes for member in others) <= READ_AHEAD
+        hold = held + sum(member.info.nbytes for member in others) <= self._limit
         for member in others:
             if hold:
                 self._held[member.info.name] = self._read(member)
             else:
-                self._measure(member)
+                self.measure(member)
         return loaded
+
+    @property
+    def known(self) -> Mapping[str, np.float32]:
+        """The largest magnitudes that are known so far."""
+        return self._amax
 
     def group_amax(self, tensor: PlannedTensor) -> np.float32:
         """The largest magnitude over the tensor's fused group, whose members `load` has seen."""
         return max(self._amax[member] for member in tensor.group)
 
-    def _measure(self, tensor: PlannedTensor) -> None:
-        """Finds a weight's largest magnitude in pieces, without holding the weight."""
-        info, largest = tensor.info, np.float32(0)
+    def absmax_mean(self, tensor: PlannedTensor) -> np.float32 | None:
+        """The mean absmax of a weight that came in bands, where the format asks for it."""
+        return self._absmax_mean.get(tensor.info.name)
+
+    def measure(self, tensor: PlannedTensor) -> np.float32:
+        """Finds a weight's largest magnitude in pieces, without holding the weight; and its mean absmax."""
+        info, largest, absmax = tensor.info, np.float32(0), []
         buffer = np.empty(min(COPY_PIECE, info.nbytes), np.uint8)
-        try:
+        with named(self._source, tensor):
             for offset in range(0, info.nbytes, COPY_PIECE):
                 count = self._source.read_into(info.name, buffer.data, offset)
-                piece = buffer[:count].view(NUMPY[info.dtype]).reshape(1, -1)
-                largest = max(largest, self._engine.amax(Source.of(piece, info.dtype)))
-        except NonFiniteWeightError:
-            self._read(tensor)  # raises with the index in the whole weight
+                values = buffer[:count].view(NUMPY[info.dtype])
+                piece = Source.of(values.reshape(1, -1), info.dtype)
+                try:
+                    largest = max(largest, self._engine.amax(piece))
+                except NonFiniteWeightError:
+                    raise _non_finite(tensor, values, offset) from None
+                if self._dynamic:
+                    absmax.append(self._engine.block_absmax(self._dynamic, piece))
+        if absmax:
+            from surogate_quantize.kernels.nf4_absmax import mean_absmax
+
+            self._absmax_mean[info.name] = mean_absmax(np.concatenate(absmax))
         self._amax[info.name] = largest
+        return largest
 
     def _read(self, tensor: PlannedTensor) -> Weight:
-        info = tensor.info
-        # Large weights come one by one, into one buffer: a thread slow to let go of the last one's pieces
-        # would otherwise keep it in memory beside the next.
-        buffer = self._large if info.nbytes > READ_AHEAD else self._take(info.nbytes)
-        payload = buffer[: info.nbytes]
-        self._source.read_into(info.name, payload.data)
-        source = Source.of(payload.view(NUMPY[info.dtype]).reshape(info.shape), info.dtype)
+        source, buffer = self._values(Band(tensor, 0, tensor.info.shape[0]))
         with named(self._source, tensor):
-            amax = self._amax[info.name] = self._engine.amax(source)
+            amax = self._amax[tensor.info.name] = self._engine.amax(source)
         return Weight(source, amax, buffer)
+
+    def _read_band(self, band: Band) -> Weight:
+        name = band.tensor.info.name
+        if name not in self._amax or (self._dynamic and name not in self._absmax_mean):
+            self.measure(band.tensor)
+        source, buffer = self._values(band)
+        return Weight(source, self._amax[name], buffer)
+
+    def _values(self, band: Band) -> tuple[Source, NDArray[np.uint8]]:
+        info, buffer = band.tensor.info, self._take(band.nbytes)
+        payload = buffer[: band.nbytes]
+        self._source.read_into(info.name, payload.data, band.offset)
+        return Source.of(payload.view(NUMPY[info.dtype]).reshape(band.shape), info.dtype), buffer
 
     def release(self, weight: Weight) -> None:
         """Takes back the memory of a weight that nobody reads any more.
 
         The allocator would give it to the system, and get it back for the next weight page by page.
         """
-        if weight.buffer is not self._large:
-            self._free.append(weight.buffer)
-            while sum(buffer.nbytes for buffer in self._free) > READ_AHEAD:
-                del self._free[min(range(len(self._free)), key=lambda index: self._free[index].nbytes)]
+        self._free.append(weight.buffer)
+        while sum(buffer.nbytes for buffer in self._free) > self._limit:
+            del self._free[min(range(len(self._free)), key=lambda index: self._free[index].nbytes)]
 
     def _take(self, size: int) -> NDArray[np.uint8]:
         fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= size]
         if not fitting:
             return self._engine.host_memory(size)
         return self._free.pop(min(fitting, key=lambda index: self._free[index].nbytes))
+
+
+def _non_finite(tensor: PlannedTensor, values: NDArray[np.generic], offset: int) -> NonFiniteWeightError:
+    """The error for the first NaN or infinity of a piece that starts at a byte of the weight."""
+    widened = values.astype(np.float32)
+    index = int(np.argmin(np.isfinite(widened)))
+    row, column = divmod(offset // values.itemsize + index, tensor.info.shape[1])
+    return NonFiniteWeightError(f"[{row}, {column}] is {widened[index]}")
 
 
 @contextmanager

@@ -372,7 +372,7 @@ def test_ctrl_c_midway_leaves_nothing(source, out, monkeypatch, after):
 
     calls = iter(range(10**6))
 
-    def interrupts(self, made):
+    def interrupts(self, made, todo):
         def step(tensor):
             if next(calls) == after:
                 raise KeyboardInterrupt

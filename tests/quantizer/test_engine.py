@@ -82,7 +82,7 @@ def test_cuts_leave_no_seam(engine, fmt, piece, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", piece)
     monkeypatch.setattr(engine_module, "PIECE", 8192)
     cut_parts, cut_errors = run(engine, fmt, weight)
-    assert len(next(pieces.cut(fmt, Source.of(weight.stored, "BF16"), F32(1), F32(1))[1])) > 1
+    assert len(next(pieces.cut(fmt, Source.of(weight.stored, "BF16"), pieces.Shared(F32(1), F32(1)))[1])) > 1
     assert_same(cut_parts, parts)
     assert_same(parts, fmt.quantize(weight.f32))
     assert cut_errors == errors

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from quantizer.checkpoints import write_checkpoint
 
-from surogate_quantize import output
+from surogate_quantize import staging as staging_module
 from surogate_quantize.interruption import EndedBySignal, one_line_at_the_end
-from surogate_quantize.output import STAGING, staged
+from surogate_quantize.output import STAGING
+from surogate_quantize.staging import Staging, staged
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,7 +70,7 @@ def wait_for(path, process):
 def test_midway(source, tmp_path, name, code, word):
     out = tmp_path / "made" / "out"
     process = start(SLOW, source, "--format", "fp8", "--out", out)
-    wait_for(out / STAGING / "model.safetensors", process)
+    wait_for(out / STAGING / "files" / "model.safetensors.part", process)
     process.send_signal(getattr(signal, name))
     assert process.communicate() == ("", f"{word}; nothing was left behind.\n")
     assert process.returncode == code
@@ -108,14 +109,14 @@ def test_what_nohup_has_ignored_stays_ignored(source, tmp_path):
 
 
 def test_a_second_signal_does_not_stop_what_takes_the_files_away(tmp_path, monkeypatch):
-    remove = output._remove
+    remove = staging_module.remove
 
     def interrupted(entries):
         os.kill(os.getpid(), signal.SIGINT)
         remove(entries)
 
-    monkeypatch.setattr(output, "_remove", interrupted)
-    with pytest.raises(EndedBySignal), staged(tmp_path / "out", 0):
+    monkeypatch.setattr(staging_module, "remove", interrupted)
+    with pytest.raises(EndedBySignal), staged(Staging(tmp_path / "out", 1), {}, overwrite=False):
         raise EndedBySignal(signal.SIGTERM)
     assert not (tmp_path / "out").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -127,11 +128,11 @@ def test_what_cannot_be_taken_away_is_named(tmp_path, monkeypatch, capsys):
     def refuses(entries):
         raise OSError
 
-    monkeypatch.setattr(output, "_remove", refuses)
-    with pytest.raises(SystemExit) as ended, one_line_at_the_end(), staged(out, 0):
+    monkeypatch.setattr(staging_module, "remove", refuses)
+    with pytest.raises(SystemExit) as ended, one_line_at_the_end(), staged(Staging(out, 1), {}, overwrite=False):
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 143
     assert capsys.readouterr().err == (
-        f"Terminated; {out / STAGING} is left, and a rerun that overwrites replaces it.\n"
+        f"Terminated; {out / STAGING} is left, and a rerun replaces it.\n"
     )
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

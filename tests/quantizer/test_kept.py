@@ -66,5 +66,5 @@ def test_an_artifact_whose_kept_tensor_has_another_dtype_is_refused(tmp_path):
     manifest = json.loads(path.read_text())
     manifest["tensors"]["model.norm.weight"]["dtype"] = "I64"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match=r"model\.norm\.weight is BF16 \[128\], surogate\.json says I32"):
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight is BF16 \[128\], expected I32 \[128\]"):
         Artifact.open(tmp_path / "out")

@@ -140,7 +140,7 @@ def test_json_of_a_plan_and_of_a_run(made, summary, capsys):
     Out(json_mode=True).summary(summary)
     data = json.loads(capsys.readouterr().out)
     assert set(data) == {
-        "schema_version", "plan", "out", "device", "relative_error", "relative_error_by_projection", "worst", "seconds",
+        "schema_version", "plan", "out", "reused_shards", "device", "relative_error", "relative_error_by_projection", "worst", "seconds",
         "megabytes_per_second", "peak_rss_bytes", "carried_over", "warnings", "quantized_share",
     }  # fmt: skip
     assert data["quantized_share"] == summary.plan.quantized_share
@@ -148,7 +148,7 @@ def test_json_of_a_plan_and_of_a_run(made, summary, capsys):
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(made, capsys, monkeypatch):
     monkeypatch.setattr(console, "LINE_EVERY", 0)
-    step = Out().watch(made)
+    step = Out().watch(made, made.tensors)
     for tensor in made.tensors:
         step(tensor)
     captured = capsys.readouterr()
@@ -156,9 +156,9 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(made, capsys, monkey
     assert len(captured.err.splitlines()) == len(made.tensors)
     assert "(100%)" in captured.err.splitlines()[-1]
     monkeypatch.setattr(console, "LINE_EVERY", 1000)
-    Out().watch(made)(made.tensors[0])
+    Out().watch(made, made.tensors)(made.tensors[0])
     for out in (Out(quiet=True), Out(json_mode=True)):
-        out.watch(made)(made.tensors[0])
+        out.watch(made, made.tensors)(made.tensors[0])
     assert capsys.readouterr() == ("", "")
 
 
@@ -171,7 +171,7 @@ def test_on_a_terminal_there_is_a_bar_and_it_goes_away(made, monkeypatch):
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     out = Out()
-    step = out.watch(made)
+    step = out.watch(made, made.tensors)
     for tensor in made.tensors:
         step(tensor)
     out.close()

@@ -15,11 +15,13 @@ from quantizer.checkpoints import CONFIG, LINEARS, check_artifact, contents, lla
 from safetensors import safe_open
 
 from surogate_formats.artifact import Artifact
-from surogate_formats.checkpoint import read_header
+from surogate_formats.checkpoint import Checkpoint, read_header
+from surogate_formats.errors import NonFiniteWeightError
 from surogate_formats.fp8 import FP8
-from surogate_quantize import make_options, quantize
+from surogate_quantize import bands, make_options, quantize, weight_reader
+from surogate_quantize.bands import MemoryBudgetError
 from surogate_quantize.kept import COPY_PIECE
-from surogate_quantize.plan import Plan
+from surogate_quantize.plan import Plan, make_plan
 
 FORMATS = [*NF4_FORMATS, *NVFP4_FORMATS, *(FP8(scaling) for scaling in ("tensor", "channel", "block"))]
 ONE_OF_EACH = ("nf4", "nf4-dynamic", "fp4", "fp8")
@@ -304,7 +306,8 @@ def test_code_that_the_config_names_and_that_stays_behind_is_said(tmp_path):
 def test_progress_tells_the_plan_first_and_then_every_tensor_in_its_order(source, tmp_path):
     seen = []
 
-    def watch(made):
+    def watch(made, todo):
+        assert list(made.tensors) == todo
         assert isinstance(made, Plan)
         seen.append(made)
         return seen.append
@@ -333,11 +336,46 @@ def test_fused_groups_share_one_amax_where_the_format_has_one_scale(source, tmp_
         assert len(set(scale.values())) == 8
 
 
-def test_large_groups_are_read_twice_rather_than_held(source, tmp_path, monkeypatch):
-    from surogate_quantize import stream, weight_reader
+@pytest.fixture(scope="module")
+def tall(tmp_path_factory):
+    """Weights of more rows than a band of 80 KiB holds, the last band ragged."""
+    names = [f"model.layers.{i}.mlp.{leaf}_proj.weight" for i in range(2) for leaf in ("gate", "up")]
+    values = np.random.default_rng(3)
+    tensors = {name: values.standard_normal((1152, 256)).astype(ml_dtypes.bfloat16) for name in names}
+    return write_checkpoint(tmp_path_factory.mktemp("tall") / "source", tensors)
 
-    make(source, tmp_path / "held", "fp4")
-    for module in (stream, weight_reader):
-        monkeypatch.setattr(module, "READ_AHEAD", 0)
-    make(source, tmp_path / "reread", "fp4")
-    assert contents(tmp_path / "reread") == contents(tmp_path / "held")
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name_of)
+def test_weights_that_come_in_bands_and_groups_that_are_read_twice_give_the_same_bytes(tall, tmp_path, monkeypatch, fmt):
+    parameters = {key: value for key, value in vars(fmt).items() if key != "scale_dtype"}
+    make(tall, tmp_path / "whole", fmt.name, parameters)
+    monkeypatch.setattr(bands, "LARGEST", 80 << 10)
+    made = make_plan(Checkpoint.open(tall), make_options(fmt.name, parameters))
+    assert min(len(list(bands.cut_bands(fmt, tensor, 80 << 10))) for tensor in made.quantized) > 5
+    make(tall, tmp_path / "bands", fmt.name, parameters)
+    assert contents(tmp_path / "bands") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_in_a_weight_that_comes_in_bands_is_named_with_its_index(tall, tmp_path, monkeypatch, bad):
+    name = "model.layers.1.mlp.up_proj.weight"
+    with Checkpoint.open(tall) as checkpoint:
+        tensors = {key: checkpoint.read(key) for key in checkpoint.tensors}
+    tensors[name][1100, 17] = bad
+    source = write_checkpoint(tmp_path / "source", tensors)
+    monkeypatch.setattr(bands, "LARGEST", 80 << 10)
+    monkeypatch.setattr(weight_reader, "COPY_PIECE", 1 << 12)
+    with pytest.raises(NonFiniteWeightError, match=rf"tensor {name}: \[1100, 17\] is {bad}"):
+        make(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_nothing_fits_in_is_refused(source, tmp_path):
+    with pytest.raises(MemoryBudgetError, match=r"`max_memory` 300 MiB: at least 376 MiB are needed"):
+        make(source, tmp_path / "out", max_memory="300MiB")
+    odd = {"model.layers.0.mlp.up_proj.weight": np.ones((16384, 1031), ml_dtypes.bfloat16)}
+    wide = write_checkpoint(tmp_path / "wide", odd)
+    with pytest.raises(MemoryBudgetError, match=r"up_proj\.weight \[16384, 1031\] can't be cut .* it takes 546 MiB"):
+        make(wide, tmp_path / "out", max_memory="400MiB")
+    assert not (tmp_path / "out").exists()
+    make(wide, tmp_path / "out", max_memory="546MiB")

@@ -54,7 +54,7 @@ def test_a_failure_waits_for_writers_before_it_closes_their_file(tmp_path, monke
         events.append("close")
         leave(self, *error)
 
-    def interrupt(made):
+    def interrupt(made, todo):
         def after_first(tensor):
             raise KeyboardInterrupt
 

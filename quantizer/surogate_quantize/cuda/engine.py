@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surogate_formats.format import Format, Parts
+from surogate_formats.nf4 import NF4
 from surogate_quantize.cuda.device import INDEX, find_gpu, load_module
 from surogate_quantize.cuda.errors import device_errors
 from surogate_quantize.cuda.formats import QUANTIZERS
@@ -90,8 +91,17 @@ class CudaEngine:
         self._uploads.put(source, raw)
         return np.float32(source.magnitudes(bits)[0])
 
+    def block_absmax(self, fmt: NF4, source: Source) -> NDArray[np.float32]:
+        """See `Engine`."""
+        return self._cpu.block_absmax(fmt, source)
+
     def quantize(
-        self, fmt: Format, source: Source, own_amax: np.float32, group_amax: np.float32 | None = None
+        self,
+        fmt: Format,
+        source: Source,
+        own_amax: np.float32,
+        group_amax: np.float32 | None = None,
+        absmax_mean: np.float32 | None = None,
     ) -> tuple[Parts, Errors]:
         """See `Engine`."""
         raw = self._uploads.take(source)
@@ -99,7 +109,7 @@ class CudaEngine:
         size = sum(spec.nbytes for spec in fmt.part_specs(source.raw.shape).values())
         size += source.raw.nbytes if raw is None else 0
         if quantizer is None or not quantizer.knows(fmt) or not self._fits(source, size):
-            return self._cpu.quantize(fmt, source, own_amax, group_amax)
+            return self._cpu.quantize(fmt, source, own_amax, group_amax, absmax_mean)
         unit = error_unit(own_amax)
         with self._on_device() as device:
             self._load(quantizer.module)
