@@ -8,7 +8,7 @@ WORKERS ?= auto
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit soak bench clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
@@ -24,6 +24,9 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS)
+
+soak: $(STAMP)
+	$(BIN)/python tools/soak.py
 
 bench: $(STAMP)
 	$(BIN)/python tools/bench_quantize.py

@@ -33,6 +33,9 @@ class TensorRecord:
         stored: name on disk to sha256 of its payload.
         relative_error: ||dequantized - source|| / ||source|| (Frobenius, summed in float64); None if kept.
         max_error: the largest |dequantized - source|; None if kept.
+        output_error: with calibrated codes, ||Q x - W x'|| / ||W x'|| on held-out text, x being the quantized model's
+            inputs of the linear and x' the original's.
+        nearest_output_error: the same with codes that are nearest.
     """
 
     decision: Literal["quantize", "keep"]
@@ -43,6 +46,8 @@ class TensorRecord:
     stored: Mapping[str, str]
     relative_error: float | None = None
     max_error: float | None = None
+    output_error: float | None = None
+    nearest_output_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,8 @@ RECORD: Mapping[str, Callable[[Any], bool]] = {
     "stored": _are_digests,
     "relative_error": _is_none_or(_is_number),
     "max_error": _is_none_or(_is_number),
+    "output_error": _is_none_or(_is_number),
+    "nearest_output_error": _is_none_or(_is_number),
 }
 """The same of a tensor's record."""
 

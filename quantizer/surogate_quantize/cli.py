@@ -42,6 +42,9 @@ FORMAT_PARAMETERS = {
 LAYOUTS = ("surogate", "compressed-tensors", "hf-fp8", "modelopt", "bitsandbytes")
 """Names of the layouts, written out so that `--help` need not import them."""
 
+CODES = ("nearest", "search", "calibrated")
+"""Those of `surogate_quantize.calibration.options`, for the same reason."""
+
 DEVICES = ("auto", "cpu", "cuda")
 """Those of `surogate_quantize.devices`, for the same reason."""
 
@@ -66,6 +69,16 @@ DEVICES = ("auto", "cpu", "cuda")
               "  [default: mse]")  # fmt: skip
 @click.option("--global-scale", type=click.Choice(["pow2", "amax"]), help="fp4: a power of two (exact in bf16), or the "
               "rule of other tools.  [default: pow2]")  # fmt: skip
+@click.option("--codes", type=click.Choice(CODES), help="How codes and scales are chosen: nearest to the weights, "
+              "search for the scales with the least error, or calibrated on text.  [default: nearest]")  # fmt: skip
+@click.option("--calibrate", is_flag=True, help="Short for --codes calibrated: the same bytes and layout, a third to a "
+              "half of the KL; takes minutes, and transformers.")  # fmt: skip
+@click.option("--calibration-text", metavar="FILE", type=click.Path(), help="Text (.txt, or .jsonl with text or "
+              "input_ids) to calibrate on.  [default: the model writes it]")  # fmt: skip
+@click.option("--calibration-tokens", type=click.IntRange(min=1), help="How much of it.  [default: by the widest "
+              "weight, 16384 or more]")  # fmt: skip
+@click.option("--adapter-init", metavar="RANK", type=click.IntRange(min=1), help="Write a LoRA adapter, too, that "
+              "starts from what is left of the error; found on the same text.")  # fmt: skip
 @click.option("--skip-first-layers", type=click.IntRange(min=0), help="Decoder blocks that stay as they are.")
 @click.option("--skip-last-layers", type=click.IntRange(min=0), help="Decoder blocks that stay as they are.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Modules that stay as they are, beside the usual ones: "
@@ -156,7 +169,7 @@ def _run(out: Out, arguments: dict[str, Any]) -> None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
     how = {name: arguments[name] for name in ("device", "workers", "max_memory", "overwrite", "keep_source")}
     watch = out.watch if is_first_rank() else None
-    summary = quantize(model, target, options, **how, **hub, ranks=world_size() > 1, watch=watch)
+    summary = quantize(model, target, options, **how, **hub, ranks=world_size() > 1, watch=watch, told=out.note)
     if not is_first_rank():
         return
     with leaving(f"{target} is complete"):
@@ -185,8 +198,18 @@ def _options(out: Out, arguments: dict[str, Any]) -> tuple[str | None, Options]:
         skip=arguments["skip"],
         max_shard_size=arguments["max_shard_size"],
         quantize_lm_head=arguments["quantize_lm_head"],
+        codes=_codes(arguments),
+        calibration_text=arguments["calibration_text"],
+        calibration_tokens=arguments["calibration_tokens"],
+        adapter_init=arguments["adapter_init"],
     )
     return arguments["model"] or (training.model if training else None), options
+
+
+def _codes(arguments: dict[str, Any]) -> Any:
+    if arguments["calibrate"] and arguments["codes"] not in (None, "calibrated"):
+        raise click.UsageError(f"--calibrate is --codes calibrated, and --codes is {arguments['codes']}; leave one out")
+    return "calibrated" if arguments["calibrate"] else arguments["codes"] or "nearest"
 
 
 def _training(out: Out, arguments: dict[str, Any]) -> TrainingConfig:

@@ -12,6 +12,7 @@ from surogate_formats.layouts import FOR_EXPERTS, LAYOUTS, Layout, settle
 from surogate_formats.recipe import Recipe, check_compatible
 from surogate_formats.registry import make_format
 from surogate_formats.training_config import Lora, TrainingConfig
+from surogate_quantize.calibration.options import CalibrationOptions, Codes, settle_calibration
 from surogate_quantize.packed_heads import check_layout
 from surogate_quantize.skip_options import SkipOptions
 
@@ -42,6 +43,9 @@ class Options:
         max_shard_size: bytes of payload that a shard may hold; a single weight may exceed it.
         layout_asked: whether the layout was asked for, and isn't just the format's default.
         quantize_lm_head: whether the output head is quantized, too.
+        codes: how codes and scales are chosen.
+        calibration: what calibrated codes are chosen on.
+        adapter_init: rank of an adapter that starts from what is left of the error; None makes none.
     """
 
     format: Format
@@ -52,6 +56,14 @@ class Options:
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
     layout_asked: bool = True
     quantize_lm_head: bool = False
+    codes: Codes = "nearest"
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    adapter_init: int | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model is run on text."""
+        return self.codes == "calibrated" or self.adapter_init is not None
 
     def for_experts(self) -> Options:
         """The same where experts are quantized: another layout may be the format's default there."""
@@ -70,6 +82,8 @@ class Options:
             "skip": list(self.skip.patterns),
             "max_shard_size": self.max_shard_size,
             "quantize_lm_head": self.quantize_lm_head,
+            "codes": self.codes,
+            "adapter_init": self.adapter_init,
         }
 
 
@@ -84,6 +98,10 @@ def make_options(
     skip: tuple[str, ...] = (),
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     quantize_lm_head: bool = False,
+    codes: Codes = "nearest",
+    calibration_text: str | None = None,
+    calibration_tokens: int | None = None,
+    adapter_init: int | None = None,
 ) -> Options:
     """Settles arguments and a training file into options; an argument that is given wins over the file.
 
@@ -97,9 +115,15 @@ def make_options(
         skip: patterns, added to the defaults.
         max_shard_size: bytes, or a text such as `5GB`.
         quantize_lm_head: quantize the output head, too, unless it is tied to the embedding.
+        codes: `nearest`, the values nearest to the weights; `search`, scales with the least squared error;
+            `calibrated`, what keeps the model's output on text.
+        calibration_text: a file to calibrate on; None: the model writes the text.
+        calibration_tokens: how many tokens of it; None: by the widest weight.
+        adapter_init: rank of a LoRA adapter that starts from what is left of the error, found on the same text.
 
     Raises:
         UsageError: no format, or a parameter, layout or recipe that doesn't go with the format.
+        CalibrationOptionsError: options of calibration without calibrated codes.
         PackedHeadError: the layout's readers don't take a packed head.
     """
     training = training or TrainingConfig()
@@ -121,6 +145,9 @@ def make_options(
         max_shard_size=parse_size(max_shard_size),
         layout_asked=layout is not None,
         quantize_lm_head=quantize_lm_head,
+        codes=codes,
+        calibration=settle_calibration(codes, calibration_text, calibration_tokens, adapter_init),
+        adapter_init=adapter_init,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from surogate_formats.layouts.modelopt import SIDECAR as MODELOPT_FILE
 from surogate_formats.manifest import MANIFEST_NAME
+from surogate_quantize.calibration.options import ADAPTER
 from surogate_quantize.output_errors import (
     OutputExistsError,
     OutputInSourceError,
@@ -66,7 +67,7 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
 def _is_ours(name: str) -> bool:
     """Whether a file of this name is one that a run writes."""
     shard = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-    return shard or name in {*MARKS, MODELOPT_FILE, STAGING, TEMPLATES} or is_carried(name)
+    return shard or name in {*MARKS, MODELOPT_FILE, STAGING, TEMPLATES, ADAPTER} or is_carried(name)
 
 
 def remove(entries: Iterable[Path]) -> None:

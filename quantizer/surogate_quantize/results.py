@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,26 @@ def kept_result(tensor: PlannedTensor, digest: str, *, finite: bool) -> Result:
     return Result(_record(tensor, {tensor.info.name: digest}, None), None, None, finite)
 
 
-def quantized_result(tensor: PlannedTensor, hashes: Mapping[str, str], errors: Errors, amax: np.float32) -> Result:
-    """The result of a weight, with the SHA-256 of each stored tensor."""
-    return Result(_record(tensor, hashes, errors), errors, amax, finite=True)
+def quantized_result(
+    tensor: PlannedTensor,
+    hashes: Mapping[str, str],
+    errors: Errors,
+    amax: np.float32,
+    output: tuple[float, float] | None,
+) -> Result:
+    """The result of a weight.
+
+    Args:
+        tensor: the weight.
+        hashes: the SHA-256 of each stored tensor.
+        errors: how far it is from its source.
+        amax: its largest magnitude.
+        output: of calibrated codes, the errors of its output with nearest codes and with its own.
+    """
+    record = _record(tensor, hashes, errors)
+    if output is not None:
+        record = replace(record, nearest_output_error=output[0], output_error=output[1])
+    return Result(record, errors, amax, finite=True)
 
 
 def to_json(result: Result) -> dict[str, Any]:
@@ -63,7 +80,8 @@ def from_json(data: Mapping[str, Any], tensor: PlannedTensor) -> Result:
     result = Result(
         record, Errors(**errors) if errors else None, None if amax is None else np.float32(amax), bool(data["finite"])
     )
-    if record != _record(tensor, record.stored, result.errors):
+    plain = replace(record, output_error=None, nearest_output_error=None)
+    if plain != _record(tensor, record.stored, result.errors):
         raise ValueError("of another plan")
     return result
 

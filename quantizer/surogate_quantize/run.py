@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from surogate_formats.checkpoint.index import INDEX
 from surogate_formats.format import to_dict
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
 from surogate_quantize.advice import Comparison, warnings_before
 from surogate_quantize.bands import DEFAULT_MAX_MEMORY, band_bytes, check_budget
+from surogate_quantize.calibration.preparing import prepare_calibration
 from surogate_quantize.devices import open_engine
 from surogate_quantize.engine import Engine, available_cpus
 from surogate_quantize.hub.opening import OpenedSource, open_source
@@ -25,8 +27,7 @@ from surogate_quantize.ranks.environment import local_share
 from surogate_quantize.ranks.errors import DifferentPlansError
 from surogate_quantize.ranks.sharing import staged_together
 from surogate_quantize.ranks.team import Alone, Team, joined
-from surogate_quantize.results import Result
-from surogate_quantize.run_identity import Identity, check_unchanged, difference, run_identity
+from surogate_quantize.run_identity import Identity, difference, run_identity
 from surogate_quantize.sidecars import (
     carried_names,
     carry_over,
@@ -35,10 +36,15 @@ from surogate_quantize.sidecars import (
     shard_index,
     shard_names,
 )
+from surogate_quantize.stream import Solved
 from surogate_quantize.summary import RunSummary, summarize_run
 from surogate_quantize.syncing import write_synced
 from surogate_quantize.version import VERSION
 from surogate_quantize.work import Work
+
+if TYPE_CHECKING:
+    from surogate_quantize.calibration.calibrate import Calibration
+    from surogate_quantize.calibration.store import SolvedBlocks
 
 HEADER_ROOM = 64 << 20
 """Bytes of free disk asked for beyond the tensors: headers, manifest, tokenizer."""
@@ -94,6 +100,7 @@ def quantize(
     keep_source: bool = False,
     ranks: bool = False,
     watch: Watch | None = None,
+    told: Callable[[str], None] = lambda text: None,
 ) -> RunSummary:
     """Quantizes a checkpoint into an artifact.
 
@@ -115,6 +122,7 @@ def quantize(
         ranks: take part in the run of the processes that torchrun has started, all of which call this function; the
             bytes are those that one process makes.
         watch: for progress bars.
+        told: what a calibrated pass is doing, a line at a time.
 
     Raises:
         SurogateError: see the classes of `surogate_quantize` and `surogate_formats`. Nothing is left in `out` then but
@@ -137,14 +145,18 @@ def quantize(
             made = make_plan(opened.checkpoint, options)
             check_budget(made, limit, budget)
             engine = stack.enter_context(open_engine(device, made.options.format, threads))
-            return _Prepared(opened, sidecars, made, engine, run_identity(opened, made))
+            calibration = prepare_calibration(opened.checkpoint, made, engine, team.size)
+            settings = calibration.recorded() if calibration else {}
+            identity = run_identity(opened, made, settings)
+            return _Prepared(opened, sidecars, made, engine, identity, calibration, settings, out_path.name)
 
         job = prepared(team, prepare)
         with staged_together(team, out_path, job.identity, job.plan.shards, overwrite=overwrite) as staging:
             work = Work.found(team, job.plan, staging, threads)
             team.together(lambda: staging.check_room(work.bytes_to_write + HEADER_ROOM + job.opened.room))
-            results, advice = _stream(job, work, limit, watch)
-            team.together(lambda: _write_rest(job, staging.files, results) if team.rank == 0 else None)
+            solved = job.calibration.solve(staging.calibration, job.engine, limit, told) if job.calibration else None
+            results, advice = _stream(job, work, limit, watch, solved)
+            team.together(lambda: _write_rest(job, staging.files, results, solved) if team.rank == 0 else None)
     return summarize_run(
         job.plan,
         results,
@@ -166,6 +178,9 @@ class _Prepared:
     plan: Plan
     engine: Engine
     identity: Identity
+    calibration: Calibration | None
+    settings: Mapping[str, Any]
+    out: str
 
 
 def prepared(team: Team, prepare: Callable[[], _Prepared]) -> _Prepared:
@@ -186,7 +201,9 @@ def prepared(team: Team, prepare: Callable[[], _Prepared]) -> _Prepared:
     return here[0]
 
 
-def _stream(job: _Prepared, work: Work, limit: int, watch: Watch | None) -> tuple[Results, list[str]]:
+def _stream(
+    job: _Prepared, work: Work, limit: int, watch: Watch | None, solved: Solved | None
+) -> tuple[Results, list[str]]:
     """Makes the shards; returns what became of all tensors, and advice."""
     opened, plan, source = job.opened, job.plan, job.opened.checkpoint
     opened.expect(work.own)
@@ -199,14 +216,16 @@ def _stream(job: _Prepared, work: Work, limit: int, watch: Watch | None) -> tupl
 
     # Before the stream, which deletes what it has read of a model on the Hub.
     comparison = Comparison(job.engine, plan.options).advice(source, work.own, limit) if work.team.rank == 0 else []
-    results = work.measured(source, job.engine, limit).run(source, job.engine, limit, settled)
+    results = work.measured(source, job.engine, limit).run(source, job.engine, limit, settled, solved)
     return results, [*warnings_before(source, plan), *comparison]
 
 
-def _write_rest(job: _Prepared, files: Path, results: Results) -> None:
+def _write_rest(job: _Prepared, files: Path, results: Results, solved: SolvedBlocks | None) -> None:
     """Writes everything beside the shards, the manifest last."""
-    check_unchanged(job.opened, job.identity)
+    job.opened.checkpoint.check_unchanged()
     hashes = carry_over(job.opened.checkpoint.directory, job.sidecars, files)
+    if job.calibration and solved:
+        hashes.update(job.calibration.write_adapter(solved, files, job.out))
     names = shard_names(job.plan.shards)
     own = quantized_configs(dict(job.opened.checkpoint.config), job.plan)
     if len(names) > 1:
@@ -214,24 +233,23 @@ def _write_rest(job: _Prepared, files: Path, results: Results) -> None:
     for name, data in own.items():
         write_synced(files / name, data)
         hashes[name] = hashlib.sha256(data).hexdigest()
-    manifest = make_manifest(job.opened, job.plan, results, hashes)
+    manifest = make_manifest(job, results, hashes)
     write_synced(files / MANIFEST_NAME, manifest.to_json().encode())
 
 
-def make_manifest(
-    opened: OpenedSource, made: Plan, results: Mapping[str, Result], sidecars: Mapping[str, str]
-) -> Manifest:
+def make_manifest(job: _Prepared, results: Results, sidecars: Mapping[str, str]) -> Manifest:
     """Everything that determines the artifact's bytes, and the proof of them."""
+    opened, options = job.opened, job.plan.options
     return Manifest(
         tool_version=VERSION,
         source=opened.name,
         revision=opened.revision,
         files=opened.checkpoint.files,
-        format=to_dict(made.options.format),
-        layout=made.options.layout.name,
-        options=made.options.recorded(),
-        recipe=asdict(made.options.recipe),
-        lora=asdict(made.options.lora),
+        format=to_dict(options.format),
+        layout=options.layout.name,
+        options={**options.recorded(), **job.settings},
+        recipe=asdict(options.recipe),
+        lora=asdict(options.lora),
         sidecars=dict(sorted(sidecars.items())),
-        tensors={tensor.info.name: results[tensor.info.name].record for tensor in made.tensors},
+        tensors={tensor.info.name: results[tensor.info.name].record for tensor in job.plan.tensors},
     )

@@ -9,23 +9,17 @@ from dataclasses import asdict
 from typing import Any
 
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.errors import CheckpointError
 from surogate_formats.format import to_dict
 from surogate_quantize.hub.opening import OpenedSource
 from surogate_quantize.plan import Plan
 from surogate_quantize.version import VERSION
 
-
-class SourceChangedError(CheckpointError):
-    """A file of the source was written to while it was read."""
-
-
 Identity = Mapping[str, Any]
 """JSON-ready: everything that the bytes of a run's shards depend on."""
 
 
-def run_identity(opened: OpenedSource, made: Plan) -> Identity:
-    """The identity of a run.
+def run_identity(opened: OpenedSource, made: Plan, settings: Mapping[str, Any]) -> Identity:
+    """The identity of a run; `settings` are what calibrated codes depend on beside the options.
 
     Of a local file the time of its last change stands for its payload, which nobody has hashed; a repository's commit
     says it all.
@@ -41,7 +35,7 @@ def run_identity(opened: OpenedSource, made: Plan) -> Identity:
         "config.json": hashlib.sha256(source.config_bytes).hexdigest(),
         "format": to_dict(options.format),
         "layout": options.layout.name,
-        "options": options.recorded(),
+        "options": {**options.recorded(), **settings},
         "recipe": asdict(options.recipe),
         "lora": asdict(options.lora),
     }
@@ -52,15 +46,6 @@ def run_identity(opened: OpenedSource, made: Plan) -> Identity:
 def last_changes(source: Checkpoint) -> dict[str, int]:
     """When each shard of a local checkpoint was last changed, in nanoseconds of its file system's clock."""
     return {file.name: (source.directory / file.name).stat().st_mtime_ns for file in source.files}
-
-
-def check_unchanged(opened: OpenedSource, identity: Identity) -> None:
-    """Raises `SourceChangedError` if a shard was changed since the identity was taken."""
-    changes = {} if opened.revision else last_changes(opened.checkpoint)
-    for name, changed in changes.items():
-        if changed != identity["files"][name]["modified"]:
-            where = opened.checkpoint.directory / name
-            raise SourceChangedError(f"{where}: was changed while it was read; run it again when nobody writes to it")
 
 
 def difference(before: Identity, now: Identity) -> str | None:

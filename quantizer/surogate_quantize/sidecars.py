@@ -17,7 +17,7 @@ from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.errors import CheckpointError
 from surogate_formats.layouts import SidecarLayout
 from surogate_quantize.plan import Plan
-from surogate_quantize.syncing import sync_directory
+from surogate_quantize.syncing import sync, sync_directory
 
 CARRIED = (
     "tokenizer*",
@@ -122,7 +122,7 @@ def _copy(descriptor: int, target: Path) -> str:
             digest.update(data)
             writer.write(data)
         writer.flush()
-        os.fsync(writer.fileno())
+        sync(writer.fileno())
     return digest.hexdigest()
 
 

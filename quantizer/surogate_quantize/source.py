@@ -38,6 +38,12 @@ class Source:
         return cls(weight.view(RAW_DTYPES[dtype]), dtype)
 
     @property
+    def float32(self) -> NDArray[np.float32]:
+        """The values, float32 [N, K]."""
+        values: NDArray[np.float32] = self.raw.view(NUMPY[self.dtype]).astype(np.float32)
+        return values
+
+    @property
     def kind(self) -> int:
         """How kernels read the bits."""
         return KINDS[self.dtype]

@@ -45,13 +45,14 @@ class Staging:
         self.out, self._shards, self._shard_names = out, shards, shard_names(shards)
         self.path = out / STAGING
         self.files, self.records = self.path / "files", self.path / "shards"
+        self.calibration = self.path / "calibration"
 
     @property
     def finished(self) -> str | None:
-        """Says how many shards are finished; None if none is."""
-        done = sum(1 for _ in self.records.glob("*.json"))
-        text = f"{done} of {self._shards} shards are finished, and the same command goes on from there"
-        return text if done else None
+        """Says what is finished; None if nothing is."""
+        done, blocks = sum(1 for _ in self.records.glob("*.json")), sum(1 for _ in self.calibration.glob("block-*"))
+        what = f"{done} of {self._shards} shards are" if done else f"{blocks} blocks are calibrated and"
+        return f"{what} finished, and the same command goes on from there" if done or blocks else None
 
     def open(self, identity: Identity, *, overwrite: bool) -> None:
         """Makes the folders, or takes those of a run that was interrupted.

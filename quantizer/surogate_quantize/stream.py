@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Barrier
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,17 +22,30 @@ from surogate_quantize.output_shards import OutputShards, Results
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.results import Result, kept_result, quantized_result
 from surogate_quantize.shard import ShardWriter
-from surogate_quantize.weight_errors import Errors
+from surogate_quantize.weight_errors import Errors, measured_errors
 from surogate_quantize.weight_reader import Weight, WeightReader, named
 
 WRITES_IN_FLIGHT = 3
-BYTES_IN_FLIGHT = 64 << 20
+BYTES_IN_FLIGHT = 32 << 20
 """Quantized bands wait to be written up to this many, and up to this sum of bytes."""
 
 _THREADS = {"read": 1, "write": 2, "finish": 1}
 """Threads beside the engine's, by what they do; syncing a shard takes a while, and holds up nothing."""
 
 Progress = Callable[[PlannedTensor], None]
+
+
+class Solved(Protocol):
+    """Weights whose codes have been found already."""
+
+    @property
+    def errors(self) -> Mapping[str, tuple[float, float]]:
+        """Of each weight's output, by module, with nearest codes and with those that were found."""
+        ...
+
+    def parts(self, band: Band) -> Parts:
+        """The parts of a band of a weight in `errors`."""
+        ...
 
 
 def run_stream(
@@ -45,6 +58,7 @@ def run_stream(
     limit: int,
     amax: Mapping[str, np.float32],
     progress: Progress,
+    solved: Solved | None = None,
 ) -> Results:
     """Quantizes and writes the tensors of some shards; returns what became of each, in the plan's order.
 
@@ -57,6 +71,7 @@ def run_stream(
         limit: bytes of a band, see `bands.band_bytes`.
         amax: largest magnitudes that need not be looked for.
         progress: called after each tensor, in the plan's order.
+        solved: weights whose codes have been found already; all others are rounded.
 
     Raises:
         SurogateError: a weight that can't be quantized; the message names its file and tensor.
@@ -75,10 +90,12 @@ def run_stream(
                 settling.add(tensor, copied, min(COPY_PIECE, tensor.stored_bytes))
             else:
                 band, weight = loaded
-                parts, errors = _quantize(source, plan, engine, weights, band, weight)
+                parts, errors = _quantize(source, plan, engine, weights, band, weight, solved)
                 weights.release(weight)
                 size, before = sum(part.nbytes for part in parts.values()), settling.last if band.start else None
-                written = pools["write"].submit(_write, plan.options, band, shard, parts, errors, weight.amax, before)
+                written = pools["write"].submit(
+                    _write, plan.options, band, shard, parts, errors, weight.amax, before, solved
+                )
                 del parts, weight
                 settling.add(tensor, written, size)
             del loaded  # the next weight must not be read while this one is held
@@ -169,9 +186,19 @@ def _read_ahead(
 
 
 def _quantize(
-    source: Checkpoint, plan: Plan, engine: Engine, weights: WeightReader, band: Band, weight: Weight
+    source: Checkpoint,
+    plan: Plan,
+    engine: Engine,
+    weights: WeightReader,
+    band: Band,
+    weight: Weight,
+    solved: Solved | None,
 ) -> tuple[Parts, Errors]:
     tensor = band.tensor
+    if solved and tensor.module in solved.errors:
+        parts = solved.parts(band)
+        values = plan.options.format.dequantize(parts, band.shape)
+        return parts, measured_errors(values, weight.source.float32, weight.amax)
     shared = (weights.group_amax(tensor), weights.absmax_mean(tensor))
     with named(source, tensor):
         return engine.quantize(plan.options.format, weight.source, weight.amax, *shared)
@@ -185,6 +212,7 @@ def _write(
     errors: Errors,
     amax: np.float32,
     before: Future[Errors] | None,
+    solved: Solved | None,
 ) -> Result | Errors:
     """Writes a band after the one before it; returns the errors so far, after the last band what became of all."""
     errors = before.result() + errors if before else errors
@@ -196,7 +224,7 @@ def _write(
     if not band.last:
         return errors
     hashes = {stored.name: shard.digest(stored.name) for stored in tensor.stored.values()}
-    return quantized_result(tensor, hashes, errors, amax)
+    return quantized_result(tensor, hashes, errors, amax, solved.errors.get(tensor.module) if solved else None)
 
 
 def _copy(source: Checkpoint, tensor: PlannedTensor, shard: ShardWriter) -> Result:

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+_VALUES = 2**18
+"""Values whose squares in units are sure to add up to less than 2^63."""
 
 Sums = tuple[int, int, int]
 """Squared error and squared sum in units, and the float32 bits of the largest error."""
@@ -61,3 +65,22 @@ def total_errors(sums: Sequence[Sums], unit: np.float32) -> Errors:
     worst = np.array([max((worst for _, _, worst in sums), default=0)], np.uint32).view(np.float32)
     error, square = sum(int(error) for error, _, _ in sums), sum(int(square) for _, square, _ in sums)
     return Errors(error, square, float(unit), float(worst[0]))
+
+
+def measured_errors(values: NDArray[np.float32], source: NDArray[np.float32], amax: np.float32) -> Errors:
+    """The errors of a band [N, K] whose dequantized values are at hand, in units of its whole weight's `amax`."""
+    unit = error_unit(amax)
+    error = square = 0
+    worst = 0.0
+    for start in range(0, len(source), rows := max(_VALUES // max(source.shape[1], 1), 1)):
+        band = slice(start, start + rows)
+        missed = values[band].astype(np.float64) - source[band]
+        error += _units(missed, unit)
+        square += _units(source[band].astype(np.float64), unit)
+        worst = max(worst, float(np.abs(missed).max(initial=0)))
+    return Errors(error, square, float(unit), worst)
+
+
+def _units(values: NDArray[np.float64], unit: np.float32) -> int:
+    whole = np.rint(values * float(unit)).astype(np.int64)
+    return int((whole * whole).sum())

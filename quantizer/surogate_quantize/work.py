@@ -14,7 +14,7 @@ from surogate_quantize.output_shards import OutputShards, Results, finished_shar
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.ranks.team import Team
 from surogate_quantize.staging import Staging
-from surogate_quantize.stream import Progress, run_stream
+from surogate_quantize.stream import Progress, Solved, run_stream
 from surogate_quantize.weight_reader import WeightReader
 
 
@@ -86,7 +86,9 @@ class Work:
             amax.update(found)
         return replace(self, amax=amax)
 
-    def run(self, source: Checkpoint, engine: Engine, limit: int, progress: Progress) -> Results:
+    def run(
+        self, source: Checkpoint, engine: Engine, limit: int, progress: Progress, solved: Solved | None = None
+    ) -> Results:
         """Makes this rank's shards while others make theirs; returns what became of every tensor, in the plan's order.
 
         Raises:
@@ -97,7 +99,15 @@ class Work:
         def step() -> Results:
             with enough_memory():
                 return run_stream(
-                    source, self.plan, engine, self.shards, which, limit=limit, amax=self.amax, progress=progress
+                    source,
+                    self.plan,
+                    engine,
+                    self.shards,
+                    which,
+                    limit=limit,
+                    amax=self.amax,
+                    progress=progress,
+                    solved=solved,
                 )
 
         done = dict(self.reused)

@@ -18,6 +18,7 @@ from surogate_formats.hub_text import hub_errors, not_cached
 from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
 from surogate_load.errors import NotPackedError
+from surogate_load.saved_adapter import ADAPTER_INIT
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -144,6 +145,8 @@ def _snapshot(api: HfApi, name: str, revision: str | None, files: Collection[str
 def _goes_along(name: str) -> bool:
     if name.startswith(_TEMPLATES):
         return name.endswith(".jinja")
+    if name.startswith(f"{ADAPTER_INIT}/"):
+        return name.endswith((".json", ".safetensors"))
     return "/" not in name and name.endswith(_BESIDE)
 
 

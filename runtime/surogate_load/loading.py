@@ -20,6 +20,7 @@ from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, n
 from surogate_load.local import open_local, say_unused
 from surogate_load.model_recipe import set_recipe
 from surogate_load.recipes.device import check_device
+from surogate_load.saved_adapter import ADAPTER_INIT, check_saved, with_adapter
 from surogate_load.step.regional import compile_layers
 
 
@@ -34,6 +35,7 @@ def load_model(
     activation_memory: float | None = None,
     device_map: Any = None,
     torch_dtype: torch.dtype | str | None = None,
+    adapter: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     **keywords: Any,
@@ -61,6 +63,8 @@ def load_model(
         activation_memory: with it, what of the activations is saved for the backward, 0 to 1; see `compile_layers`.
         device_map: transformers' name for `device`, where it names one.
         torch_dtype: transformers' former name for `dtype`.
+        adapter: `init` starts from the adapter that `surogate-quantize --adapter-init` wrote beside the weights: a
+            `PeftModel`, trainable; PEFT's own defaults decide its dtype.
         revision: branch, tag or commit on the Hub.
         token: for the Hub; None takes HF_TOKEN or the stored login.
         keywords: fields of `surogate_formats.recipe.Recipe`, over those that the artifact records; or keywords of
@@ -88,7 +92,13 @@ def load_model(
         raise UsageError(f"load_model: compile={compile!r} is neither 'layers' nor None")
     if activation_memory is not None and not 0 <= activation_memory <= 1:
         raise UsageError(f"load_model: activation_memory={activation_memory} is not between 0 and 1")
+    if adapter not in (None, "init"):
+        raise UsageError(
+            f"load_model: adapter={adapter!r} is neither 'init' nor None; PeftModel.from_pretrained loads others"
+        )
     with open_local(artifact, revision, token) as opened:
+        if adapter is not None:
+            check_saved(opened.path / ADAPTER_INIT)
         say_unused(opened)
         given = sort_keywords(keywords, opened.config.keys())
         chosen = choose_recipe(opened.recipe, recipe, given.switches)
@@ -103,7 +113,7 @@ def load_model(
             set_recipe(model, chosen, emulate=emulate)
     if compile is not None:
         compile_layers(model, activation_memory)
-    return model
+    return model if adapter is None else with_adapter(model, opened.path / ADAPTER_INIT, trainable=True)
 
 
 def choose_recipe(recorded: Recipe, name: str | None, switches: dict[str, Any]) -> Recipe:

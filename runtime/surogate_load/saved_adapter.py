@@ -10,6 +10,9 @@ from surogate_load.errors import UnreadableAdapterError
 
 _LOG = logging.getLogger("surogate_load")
 
+ADAPTER_INIT = "adapter-init"
+"""Folder of an artifact with the adapter that the quantizer made for it."""
+
 _SAID = 240
 """Characters of what PEFT says that reach the error's line: its first line is a heading."""
 
@@ -20,13 +23,13 @@ def check_saved(adapter: str | Path) -> None:
         raise UnreadableAdapterError(f"{adapter}: no adapter_config.json; give a directory that PEFT saved")
 
 
-def with_adapter(model: Any, adapter: str | Path) -> Any:
+def with_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) -> Any:
     """A model with a saved PEFT adapter; `UnreadableAdapterError` if that isn't one for it."""
     from peft import PeftModel
 
     check_saved(adapter)
     try:
-        loaded = PeftModel.from_pretrained(model, str(adapter)).eval()
+        loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
         different = _different(loaded, str(adapter))
     except Exception as error:  # PEFT and torch raise many classes for an adapter that isn't this model's
         said = " ".join(str(error).split())

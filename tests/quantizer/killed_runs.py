@@ -47,7 +47,7 @@ class KilledRuns:
         path = os.pathsep.join(str(ROOT / name) for name in ("formats", "quantizer", "tests"))
         self._server = subprocess.Popen(
             [sys.executable, "-m", "quantizer.killed_runs"],
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # it forks
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -184,7 +184,7 @@ def test_another_command_starts_anew_over_what_a_kill_has_left(runs, source, tmp
     """Killed in the middle of publishing; the other command is killed, too, while it takes the rest away."""
     expected, _ = undisturbed(runs, source, tmp_path / "undisturbed", OLD)
     _, steps = undisturbed(runs, source, tmp_path / "killed", SMALL)
-    for at, again in ((steps - 18, 3), (steps - 18, 12), (steps - 14, 7), (steps - 60, 2)):
+    for at, again in [(steps - 18, again) for again in range(20)] + [(steps - 14, 7), (steps - 60, 2)]:
         disk = tmp_path / f"{at}-{again}"
         disk.mkdir()
         assert runs.run(disk, source, *SMALL, "--out", disk / "out", at=at).killed

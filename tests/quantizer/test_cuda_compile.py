@@ -22,7 +22,12 @@ def test_compiles_without_local_memory(module, architecture):
 
 
 def test_every_kernel_exists_for_every_source_dtype():
-    kernels = {"amax": ["amax"], "nf4": ["nf4"], "nvfp4": ["nvfp4_1d", "nvfp4_2d"], "fp8": ["fp8_amax", "fp8"]}
+    kernels = {
+        "amax": ["amax"],
+        "nf4": ["nf4", "nf4_search"],
+        "nvfp4": [f"nvfp4_{side}d{search}" for search in ("", "_search") for side in (1, 2)],
+        "fp8": ["fp8_amax", "fp8", "fp8_search_channels", "fp8_search_tiles"],
+    }
     assert {module: kernel_names(module) for module in MODULES} == {
         module: [f"{name}_{dtype}" for name in names for dtype in SOURCES] for module, names in kernels.items()
     }

@@ -132,7 +132,5 @@ def test_what_cannot_be_taken_away_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended, one_line_at_the_end(), staged(Staging(out, 1), {}, overwrite=False):
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 143
-    assert capsys.readouterr().err == (
-        f"Terminated; {out / STAGING} is left, and a rerun replaces it.\n"
-    )
+    assert capsys.readouterr().err == (f"Terminated; {out / STAGING} is left, and a rerun replaces it.\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -13,7 +13,6 @@ from surogate_quantize.output_errors import (
 )
 
 
-
 @pytest.fixture
 def source(tmp_path):
     (tmp_path / "models" / "source").mkdir(parents=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 from quantizer.checkpoints import contents, write_checkpoint
-from quantizer.disk_recorder import Recorder, after_power_loss, nothing_unsynced, some_of
+from quantizer.disk_model import after_power_loss, nothing_unsynced, some_of
+from quantizer.disk_recorder import Recorder
 
 from surogate_formats.artifact import Artifact
 from surogate_quantize import make_options, quantize

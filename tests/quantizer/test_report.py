@@ -140,7 +140,8 @@ def test_json_of_a_plan_and_of_a_run(made, summary, capsys):
     Out(json_mode=True).summary(summary)
     data = json.loads(capsys.readouterr().out)
     assert set(data) == {
-        "schema_version", "plan", "out", "reused_shards", "device", "relative_error", "relative_error_by_projection", "worst", "seconds",
+        "schema_version", "plan", "out", "reused_shards", "device", "relative_error",
+        "relative_error_by_projection", "worst", "seconds",
         "megabytes_per_second", "peak_rss_bytes", "carried_over", "warnings", "quantized_share",
     }  # fmt: skip
     assert data["quantized_share"] == summary.plan.quantized_share

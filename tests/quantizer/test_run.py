@@ -346,7 +346,7 @@ def tall(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=name_of)
-def test_weights_that_come_in_bands_and_groups_that_are_read_twice_give_the_same_bytes(tall, tmp_path, monkeypatch, fmt):
+def test_bands_of_weights_and_groups_read_twice_give_the_same_bytes(tall, tmp_path, monkeypatch, fmt):
     parameters = {key: value for key, value in vars(fmt).items() if key != "scale_dtype"}
     make(tall, tmp_path / "whole", fmt.name, parameters)
     monkeypatch.setattr(bands, "LARGEST", 80 << 10)

@@ -125,14 +125,13 @@ def test_at_no_moment_does_a_directory_with_a_manifest_mix_two_artifacts(tmp_pat
 
         return call
 
-    with monkeypatch.context() as patch, suppress(SystemExit):
-        with enter(out) as staging:
-            for name, data in NEW.items():
-                (staging.files / name).write_bytes(data)
-            (staging.records / "00001.json").write_text("{}")
-            patch.setattr(Path, "unlink", dies(Path.unlink))
-            patch.setattr(Path, "replace", dies(Path.replace))
-            patch.setattr(shutil, "rmtree", lambda *arguments, **keywords: None)
+    with monkeypatch.context() as patch, suppress(SystemExit), enter(out) as staging:
+        for name, data in NEW.items():
+            (staging.files / name).write_bytes(data)
+        (staging.records / "00001.json").write_text("{}")
+        patch.setattr(Path, "unlink", dies(Path.unlink))
+        patch.setattr(Path, "replace", dies(Path.replace))
+        patch.setattr(shutil, "rmtree", lambda *arguments, **keywords: None)
     present = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     if "surogate.json" in present:
         assert present in (old, NEW)

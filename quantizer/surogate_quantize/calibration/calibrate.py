@@ -1,0 +1,184 @@
+"""The calibrated pass over a model: text, then block after block, each of them kept once it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from surogate_formats.checkpoint import Checkpoint
+from surogate_load.block_runner import BlockRunner, NoBlocksError
+from surogate_quantize.calibration.activations import Activations
+from surogate_quantize.calibration.adapter import ALPHA, write_adapter
+from surogate_quantize.calibration.block_pass import BlockPass, Streams
+from surogate_quantize.calibration.options import ADAPTER, ROW, CalibrationOptions
+from surogate_quantize.calibration.store import SolvedBlocks
+from surogate_quantize.calibration.text import (
+    CalibrationTextError,
+    file_sha256,
+    load_tokenizer,
+    rows_of_file,
+    written_rows,
+)
+from surogate_quantize.engine import Engine
+from surogate_quantize.plan import Plan, PlannedTensor
+from surogate_quantize.syncing import replace_synced, sync_directory, sync_file
+from surogate_quantize.weight_reader import WeightReader
+
+ROWS_AT_ONCE = 4
+"""Rows of text that run through a block at a time."""
+
+HELD_OUT = 4
+"""Rows of text beyond those that are solved on: the errors that are reported are measured on them."""
+
+Told = Callable[[str], None]
+
+
+class Calibration:
+    """The calibrated pass of one run.
+
+    Args:
+        source: the dense checkpoint.
+        plan: the plan.
+        options: what calibration is asked for.
+        device: `cpu` or `cuda`.
+        threads: of torch on the CPU: its sums depend on their number.
+
+    Raises:
+        NoBlocksError: the model can't be run block by block.
+        CalibrationTextError: there is no text to calibrate on.
+    """
+
+    def __init__(self, source: Checkpoint, plan: Plan, options: CalibrationOptions, device: str, threads: int) -> None:
+        """Builds the model without its blocks, and looks whether every weight of the plan is a linear of a block."""
+        self._source, self._plan, self._options = source, plan, options
+        self._device, self._threads = device, threads
+        self._runner = BlockRunner(source, device, torch.float32)
+        prefix = f"{self._runner.prefix}."
+        self._tensors = {t.module: t for t in plan.quantized if t.module.startswith(prefix)}
+        for module, tensor in self._tensors.items():
+            self._check(module, tensor)
+        self._tokenizer = load_tokenizer(source.directory)
+        self._length = min(ROW, self._runner.longest)
+        if options.text is None and self._tokenizer is None:
+            raise CalibrationTextError(
+                f"{source.directory}: has no tokenizer, so the model can't write the text; give `calibration_text` "
+                "FILE with `input_ids`"
+            )
+
+    def _rows(self) -> int:
+        widest = max(tensor.info.shape[1] for tensor in self._tensors.values())
+        return -(-self._options.tokens_for(widest) // self._length)
+
+    def recorded(self) -> dict[str, Any]:
+        """What the codes depend on beside the options, for the manifest and for a run that goes on."""
+        text = self._options.text
+        return {
+            "calibration_text": "written by the model" if text is None else f"sha256 {file_sha256(Path(text))}",
+            "calibration_tokens": self._rows() * self._length,
+            "calibration_seed": self._options.seed,
+            "calibration_device": self._device,
+            "calibration_threads": self._threads if self._device == "cpu" else None,
+        }
+
+    def solve(self, folder: Path, engine: Engine, limit: int, told: Told) -> SolvedBlocks:
+        """Solves every block that isn't solved yet.
+
+        Args:
+            folder: for what must survive an interruption.
+            engine: rounds to nearest.
+            limit: bytes of weights held for later, see `WeightReader`.
+            told: what is being done.
+        """
+        folder.mkdir(exist_ok=True)
+        with _threads(self._threads), torch.no_grad():
+            ids = self._ids(folder, told)
+            solved = SolvedBlocks(folder, self._plan.options.format)
+            done = next((i for i in range(self._runner.count) if not solved.has(i)), self._runner.count)
+            before = self._start(folder, ids, done)
+            weights = WeightReader(self._source, self._plan, engine, limit, {})
+            block_pass = BlockPass(self._runner, self._plan.options, self._tensors, weights, engine, folder)
+            for index in range(done, self._runner.count):
+                told(f"calibrating block {index + 1} of {self._runner.count}")
+                after = self._border(folder, index + 1)
+                parts = block_pass.solve(index, before, after)
+                after.sync()
+                solved.put(index, parts)
+                before.remove()
+                before = after
+            before.remove()
+        return solved
+
+    def write_adapter(self, solved: SolvedBlocks, files: Path, base: str) -> dict[str, str]:
+        """Writes the adapter, if one is asked for, into the artifact's files; returns the SHA-256 of each file."""
+        rank = self._plan.options.adapter_init
+        if rank is None:
+            return {}
+        folder = files / ADAPTER
+        write_adapter(folder, solved.updates(), rank, ALPHA * rank, base)
+        sync_directory(folder)
+        return {f"{ADAPTER}/{path.name}": file_sha256(path) for path in sorted(folder.iterdir())}
+
+    def _check(self, module: str, tensor: PlannedTensor) -> None:
+        found = self._runner.module(module)
+        if not isinstance(found, nn.Linear) or tuple(found.weight.shape) != tensor.info.shape:
+            raise NoBlocksError(
+                f"{self._runner.name}: {module} is no linear of a decoder block; leave it out with `skip`, or use "
+                "`codes='nearest'`"
+            )
+
+    def _ids(self, folder: Path, told: Told) -> Tensor:
+        """int64 [rows, tokens]: those of an interrupted run, or new ones."""
+        path = folder / "ids.safetensors"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            save_file({"ids": self._new_ids(told)}, part)
+            sync_file(part)
+            replace_synced(part, path)
+        found: Tensor = load_file(path)["ids"]
+        return found
+
+    def _new_ids(self, told: Told) -> Tensor:
+        rows = self._rows() + HELD_OUT
+        if self._options.text is not None:
+            told(f"reading {self._options.text}")
+            return rows_of_file(Path(self._options.text), self._tokenizer, rows, self._length)
+        found: list[Tensor] = []
+        with self._runner.whole() as model:
+            for written in written_rows(model, self._tokenizer, rows, self._length, self._options.seed):
+                found.append(written)
+                told(f"the model has written {sum(map(len, found))} of {rows} rows of text")
+        return torch.cat(found)
+
+    def _start(self, folder: Path, ids: Tensor, index: int) -> Streams:
+        """The hidden states before a block: those of an interrupted run, or before the first block new ones."""
+        at_once = max(count for count in range(1, ROWS_AT_ONCE + 1) if len(ids) % count == 0)
+        batches = ids.reshape(-1, at_once, ids.shape[1])
+        first = self._runner.embed(batches[0])
+        self._shape, self._count = tuple(first.shape), len(batches)
+        streams = self._border(folder, index)
+        if index == 0:
+            for position, batch in enumerate(batches):
+                hidden = self._runner.embed(batch)
+                streams.original.write(position, hidden)
+                streams.quantized.write(position, hidden)
+        return streams
+
+    def _border(self, folder: Path, index: int) -> Streams:
+        files = (Activations(folder / f"{index}.{name}", self._shape, self._count) for name in Streams.names)
+        return Streams(*files)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,70 @@
+"""What calibration is asked for; needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from surogate_formats.errors import UsageError
+
+Codes = Literal["nearest", "search", "calibrated"]
+
+CODES: tuple[Codes, ...] = ("nearest", "search", "calibrated")
+"""How codes and scales are chosen."""
+
+ADAPTER = "adapter-init"
+"""Folder of the artifact that holds the adapter."""
+
+ROW = 512
+"""Tokens of a row of calibration text, where the model takes so many."""
+
+TOKENS_EACH_COLUMN = 10
+"""Tokens of calibration text for each column of the widest weight, by default."""
+
+LEAST_TOKENS = 32 * ROW
+
+
+class CalibrationOptionsError(UsageError):
+    """Options of calibration that don't go together."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What calibration is asked for.
+
+    Attributes:
+        text: a file of text (`.txt`, or `.jsonl` with a field `text` or `input_ids`); None: the model writes it.
+        tokens: how many; None: by the widest weight.
+        seed: of the text that the model writes.
+    """
+
+    text: str | None = None
+    tokens: int | None = None
+    seed: int = 0
+
+    def tokens_for(self, widest: int) -> int:
+        """How many tokens, for weights of up to `widest` columns; whole rows."""
+        wanted = self.tokens or max(LEAST_TOKENS, TOKENS_EACH_COLUMN * widest)
+        return -(-wanted // ROW) * ROW
+
+
+def settle_calibration(
+    codes: str, text: str | None, tokens: int | None, adapter_init: int | None
+) -> CalibrationOptions:
+    """The options of calibration, if they go together.
+
+    Raises:
+        CalibrationOptionsError: `codes` is none that there is, or there are options that it doesn't take.
+    """
+    if codes not in CODES:
+        raise CalibrationOptionsError(f"`codes` is {codes!r}; choose one of {', '.join(CODES)}")
+    given = {"calibration_text": text, "calibration_tokens": tokens}
+    for name, value in given.items():
+        if value is not None and codes != "calibrated" and adapter_init is None:
+            raise CalibrationOptionsError(
+                f"`{name}` is for `codes='calibrated'` and for `adapter_init`, and neither is given; leave it out"
+            )
+    for name, number in {"calibration_tokens": tokens, "adapter_init": adapter_init}.items():
+        if number is not None and number < 1:
+            raise CalibrationOptionsError(f"`{name}` is {number}: must be positive")
+    return CalibrationOptions(text, tokens)

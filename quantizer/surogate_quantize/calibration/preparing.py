@@ -1,0 +1,33 @@
+"""Whether a run calibrates, and if so with what; torch is imported only then."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from surogate_formats.checkpoint import Checkpoint
+from surogate_quantize.calibration.options import CalibrationOptionsError
+from surogate_quantize.engine import Engine, available_cpus
+from surogate_quantize.plan import Plan
+
+if TYPE_CHECKING:
+    from surogate_quantize.calibration.calibrate import Calibration
+
+
+def prepare_calibration(source: Checkpoint, plan: Plan, engine: Engine, ranks: int) -> Calibration | None:
+    """The calibrated pass of a plan that asks for calibrated codes; None for any other.
+
+    Raises:
+        CalibrationOptionsError: several ranks, or torch or transformers are missing.
+        NoBlocksError: the model can't be run block by block.
+    """
+    if not plan.options.calibrates:
+        return None
+    what = "codes='calibrated'" if plan.options.codes == "calibrated" else "adapter_init"
+    if ranks > 1:
+        raise CalibrationOptionsError(f"`{what}` runs in one process; start it without torchrun")
+    try:
+        from surogate_quantize.calibration.calibrate import Calibration
+    except ImportError as error:
+        raise CalibrationOptionsError(f"`{what}` needs {error.name}: pip install 'surogate-quant[train]'") from error
+    device = "cuda" if engine.device.startswith("cuda") else "cpu"
+    return Calibration(source, plan, plan.options.calibration, device, available_cpus())

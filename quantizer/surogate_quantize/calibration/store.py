@@ -1,0 +1,98 @@
+"""Solved weights on disk until the artifact's shards are written, a file a block."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from surogate_formats.dtypes import NUMPY
+from surogate_formats.format import Format, Parts, TensorSpec
+from surogate_quantize.bands import Band
+from surogate_quantize.calibration.adapter import Factors
+from surogate_quantize.calibration.block_pass import SolvedBlock
+from surogate_quantize.syncing import replace_synced, sync_file
+
+_SEPARATOR, _ERRORS = "|", "errors"
+
+
+class SolvedBlocks:
+    """The parts of solved weights, by block.
+
+    Args:
+        folder: where the files are.
+        fmt: the format of all weights.
+
+    Attributes:
+        errors: of each weight, by module, see `SolvedBlock`.
+    """
+
+    def __init__(self, folder: Path, fmt: Format) -> None:
+        """Reads nothing yet."""
+        self._folder, self._format = folder, fmt
+        self._blocks: dict[str, int] = {}
+        self.errors: dict[str, tuple[float, float]] = {}
+
+    def put(self, index: int, solved: SolvedBlock) -> None:
+        """Writes what was found for a block, so that it survives."""
+        path = self._path(index)
+        part = path.with_suffix(".part")
+        # Bytes: safetensors' numpy side has no name for E4M3.
+        tensors = {
+            f"{module}{_SEPARATOR}{key}": np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            for module, parts in solved.parts.items()
+            for key, array in parts.items()
+        }
+        for module, (a, b) in solved.updates.items():
+            tensors |= {f"{module}{_SEPARATOR}lora_A": a.cpu().numpy(), f"{module}{_SEPARATOR}lora_B": b.cpu().numpy()}
+        save_file(tensors, part, {_ERRORS: json.dumps(solved.errors)})
+        sync_file(part)
+        replace_synced(part, path)
+        self._take(index)
+
+    def has(self, index: int) -> bool:
+        """Whether a block's file is there and whole."""
+        try:
+            self._take(index)
+        except (OSError, SafetensorError, ValueError):
+            return False
+        return True
+
+    def _take(self, index: int) -> None:
+        with safe_open(self._path(index), "np") as file:
+            for module, (before, after) in json.loads((file.metadata() or {})[_ERRORS]).items():
+                self._blocks[module] = index
+                self.errors[module] = (before, after)
+
+    def parts(self, band: Band) -> Parts:
+        """The parts of a band of a solved weight."""
+        module, whole = band.tensor.module, self._format.part_specs(band.tensor.info.shape)
+        before = self._format.part_specs((band.start, *band.tensor.info.shape[1:])) if band.start else {}
+        found: Parts = {}
+        with safe_open(self._path(self._blocks[module]), "np") as file:
+            for key, spec in self._format.part_specs(band.shape).items():
+                stored = file.get_slice(f"{module}{_SEPARATOR}{key}")
+                grows = spec != whole[key]
+                start = before[key].nbytes if grows and before else 0
+                found[key] = _shaped(stored[start : start + spec.nbytes], spec)
+        return found
+
+    def updates(self) -> dict[str, Factors]:
+        """The updates of all weights, by module, where an adapter was asked for."""
+        found: dict[str, Factors] = {}
+        for module, index in self._blocks.items():
+            with safe_open(self._path(index), "pt") as file:
+                a, b = (file.get_tensor(f"{module}{_SEPARATOR}lora_{letter}") for letter in "AB")
+            found[module] = (a, b)
+        return found
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"block-{index:05d}.safetensors"
+
+
+def _shaped(data: NDArray[np.uint8], spec: TensorSpec) -> NDArray[np.generic]:
+    return np.ascontiguousarray(data).view(NUMPY[spec.dtype]).reshape(spec.shape)

@@ -1,0 +1,141 @@
+"""Calibration text: tokens of a file, or what the model writes itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surogate_formats.errors import UsageError
+from surogate_load.architecture import need_transformers, one_line
+
+ROWS_AT_ONCE = 16
+"""Rows that the model writes at a time."""
+
+
+class CalibrationTextError(UsageError):
+    """There is no text to calibrate on, or none that can be used."""
+
+
+def rows_of_file(path: Path, tokenizer: Any, rows: int, length: int) -> Tensor:
+    """int64 [rows, length] of a file: its text one after the other, cut into rows.
+
+    Args:
+        path: a file of UTF-8 text; `.jsonl`: a line an object with `text`, or with `input_ids`.
+        tokenizer: of the model; None for a file of ids.
+        rows: how many at most; fewer where the text ends.
+        length: tokens of a row.
+
+    Raises:
+        CalibrationTextError: it can't be read, or has less than one row.
+    """
+    ids: list[int] = []
+    for piece in _pieces(path):
+        if isinstance(piece, str) and tokenizer is None:
+            raise CalibrationTextError(
+                f"`calibration_text` {path}: the model has no tokenizer; give a .jsonl file with `input_ids`"
+            )
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"] if isinstance(piece, str) else piece
+        if len(ids) >= rows * length:
+            break
+    count = min(len(ids) // length, rows)
+    if not count:
+        raise CalibrationTextError(
+            f"`calibration_text` {path}: has {len(ids)} tokens, and a row takes {length}; give more text"
+        )
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def written_rows(model: Any, tokenizer: Any, rows: int, length: int, seed: int) -> Iterator[Tensor]:
+    """What a model writes, int64 [some rows, length] at a time: sampled at temperature 1, all tokens allowed.
+
+    Each row starts with the token that begins texts, and one ordinary token at random.
+
+    Args:
+        model: of transformers.
+        tokenizer: of the model.
+        rows: how many.
+        length: tokens of a row.
+        seed: of everything random.
+    """
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    pad = next(iter(sorted(special)), 0)
+    for first in range(0, rows, ROWS_AT_ONCE):
+        count = min(ROWS_AT_ONCE, rows - first)
+        generator = torch.Generator().manual_seed(seed + first)
+        second = ordinary[torch.randint(len(ordinary), (count, 1), generator=generator)]
+        prompt = second if start is None else torch.cat([torch.full_like(second, start), second], 1)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed + first)
+            yield model.generate(
+                prompt.to(model.device),
+                attention_mask=torch.ones_like(prompt).to(model.device),
+                min_new_tokens=length - prompt.shape[1],
+                max_new_tokens=length - prompt.shape[1],
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                eos_token_id=None,
+                pad_token_id=pad,
+            ).cpu()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The model's tokenizer; None if it has none.
+
+    Raises:
+        CalibrationTextError: it can't be loaded.
+    """
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return None
+    try:
+        return need_transformers().AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # the tokenizers package raises no narrower class
+        raise CalibrationTextError(f"{directory}: its tokenizer can't be loaded ({one_line(error)})") from error
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file of text.
+
+    Raises:
+        CalibrationTextError: it can't be read.
+    """
+    try:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+        return digest.hexdigest()
+    except OSError as error:
+        raise CalibrationTextError(f"`calibration_text` {path}: can't be read ({error.strerror}); check it") from error
+
+
+def _pieces(path: Path) -> Iterator[str | list[int]]:
+    try:
+        if path.suffix != ".jsonl":
+            yield path.read_text("utf-8")
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _of_line(json.loads(line), f"{path}, line {number}")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CalibrationTextError(f"`calibration_text` {path}: can't be read ({one_line(error)})") from error
+
+
+def _of_line(data: Any, where: str) -> str | list[int]:
+    if isinstance(data, dict) and isinstance(data.get("text"), str):
+        text: str = data["text"]
+        return text
+    ids = data.get("input_ids") if isinstance(data, dict) else None
+    if isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids):
+        return ids
+    raise CalibrationTextError(f"`calibration_text` {where}: is no object with `text` or `input_ids`")

@@ -1,0 +1,216 @@
+"""Runs a causal language model one decoder block at a time: the memory of one block, whatever the model's size.
+
+Blocks are transformers' own modules, built without memory and filled from a checkpoint's safetensors when their turn
+comes. What the model passes to its blocks beside the hidden states (masks, rotary embeddings) is recorded once a shape,
+by running the model with recorders in the blocks' places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.dtypes import FLOATS
+from surogate_formats.errors import SurogateError
+from surogate_load.architecture import model_class, need_transformers, one_line
+
+
+class NoBlocksError(SurogateError):
+    """The model's blocks can't be found, filled or run one by one."""
+
+
+class BlockRunner:
+    """A model whose blocks are loaded one at a time; everything else of it is in memory.
+
+    Args:
+        checkpoint: the dense checkpoint.
+        device: where the model runs.
+        dtype: of weights and activations.
+
+    Attributes:
+        name: of the model's class.
+        count: number of blocks.
+        longest: tokens of a row that the model takes.
+        prefix: of the blocks' names in the checkpoint, such as `model.layers`.
+
+    Raises:
+        NoBlocksError: see the class; the message names the architecture.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> None:
+        """Builds the model and fills what isn't a block."""
+        self._checkpoint, self._device, self._dtype = checkpoint, torch.device(device), dtype
+        self._model = _empty_model(checkpoint, dtype)
+        self.name = type(self._model).__name__
+        self.prefix, self._blocks = self._find_blocks()
+        self.count = len(self._blocks)
+        self.longest: int = getattr(self._model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        self._empty = list(self._blocks)
+        self._calls: list[dict[str, Any]] = []
+        self._fill(self._model, "", skip=f"{self.prefix}.")
+        for index in range(self.count):
+            self._blocks[index] = nn.Identity()
+        self._model.to(self._device)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The hidden states before the first block, [rows, tokens, hidden], of int64 [rows, tokens].
+
+        What the blocks are called with for rows of this shape is known from then on.
+        """
+        recorders = [_Recorder() for _ in range(self.count)]
+        with self._in_place(recorders), torch.no_grad():
+            self._model.base_model(input_ids=ids.to(self._device), use_cache=False)
+        if not all(recorder.called for recorder in recorders):
+            raise NoBlocksError(f"{self.name}: not every block is called once, in order; it can't be calibrated")
+        self._calls = [recorder.keywords for recorder in recorders]
+        first: Tensor = recorders[0].hidden
+        return first
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """A block with its weights, for as long as the block of code lasts."""
+        block = self._empty[index]
+        self._fill(block, f"{self.prefix}.{index}.")
+        block.to(self._device).eval()
+        try:
+            yield block
+        finally:
+            block.to("meta")
+
+    def module(self, name: str) -> nn.Module | None:
+        """The module of a block by its full name, without its weights; None if there is none."""
+        index, _, inner = name.removeprefix(f"{self.prefix}.").partition(".")
+        try:
+            return self._empty[int(index)].get_submodule(inner)
+        except (AttributeError, IndexError, ValueError):
+            return None
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model with all its blocks, for as long as the block of code lasts."""
+        with ExitStack() as stack, self._in_place([stack.enter_context(self.block(i)) for i in range(self.count)]):
+            yield self._model
+
+    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The hidden states after a block, in the shape of those before it."""
+        with torch.no_grad():
+            found = block(hidden.to(self._device), **self._calls[index])
+        result: Tensor = found[0] if isinstance(found, tuple) else found
+        return result
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states after the last block."""
+        with self._in_place([_Answer(hidden) for _ in range(self.count)]), torch.no_grad():
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
+            found: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return found
+
+    @contextmanager
+    def _in_place(self, modules: list[Any]) -> Iterator[None]:
+        for index, module in enumerate(modules):
+            self._blocks[index] = module
+        try:
+            yield
+        finally:
+            for index in range(self.count):
+                self._blocks[index] = nn.Identity()
+
+    def _find_blocks(self) -> tuple[str, nn.ModuleList]:
+        wanted = getattr(self._model.config.get_text_config(), "num_hidden_layers", None)
+        lists = [
+            (name, module)
+            for name, module in self._model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == wanted
+        ]
+        outer = [pair for pair in lists if f"{pair[0]}.0." in " ".join(self._checkpoint.tensors)]
+        if len(outer) != 1:
+            raise NoBlocksError(f"{self.name}: its decoder blocks can't be told; it can't be run block by block")
+        return outer[0]
+
+    def _fill(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+        """Gives a module's parameters and buffers their values from the checkpoint, in the runner's dtype."""
+        tied = getattr(self._model, "all_tied_weights_keys", {}) if not prefix else {}
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            full = prefix + name
+            if skip is not None and full.startswith(skip):
+                continue
+            if full in self._checkpoint.tensors:
+                _assign(module, name, self._read(full, tensor))
+            elif tensor.is_meta and name not in tied:
+                raise NoBlocksError(
+                    f"{self.name}: {full} isn't in the checkpoint under this name; it can't be run block by block"
+                )
+        if not prefix:
+            self._model.tie_weights()
+
+    def _read(self, name: str, like: Tensor) -> Tensor:
+        info = self._checkpoint.tensors[name].info
+        if tuple(like.shape) != info.shape:
+            raise NoBlocksError(f"{self.name}: {name} is {list(info.shape)}, the model wants {list(like.shape)}")
+        value = torch.empty(info.shape, dtype=_TORCH[info.dtype])
+        self._checkpoint.read_into(name, value.reshape(-1).view(torch.uint8).numpy().data)
+        return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
+
+
+class _Recorder(nn.Module):
+    """Stands in a block's place and notes what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called = False
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if arguments:
+            raise NoBlocksError("its blocks take arguments without names; it can't be run block by block")
+        self.called, self.hidden, self.keywords = True, hidden_states, keywords
+        return hidden_states
+
+
+class _Answer(nn.Module):
+    """Stands in a block's place and gives hidden states that are known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self._hidden
+
+
+_TORCH = {dtype: getattr(torch, name) for name, dtype in FLOATS.items()} | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+}
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model with its parameters on the meta device; buffers that no file holds are computed."""
+    transformers = need_transformers()
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    settings = dict(checkpoint.config)
+    settings.pop("quantization_config", None)
+    settings.pop("auto_map", None)
+    try:
+        config = transformers.AutoConfig.for_model(**settings)
+        with init_empty_weights(include_buffers=False):
+            model = model_class(settings)._from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NoBlocksError(f"{checkpoint.directory}: the model can't be built ({one_line(error)})") from error
+    return model.eval()
+
+
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
