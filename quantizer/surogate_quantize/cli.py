@@ -76,7 +76,7 @@ DEVICES = ("auto", "cpu", "cuda")
 @click.option("--calibration-text", metavar="FILE", type=click.Path(), help="Text (.txt, or .jsonl with text or "
               "input_ids) to calibrate on.  [default: the model writes it]")  # fmt: skip
 @click.option("--calibration-tokens", type=click.IntRange(min=1), help="How much of it.  [default: by the widest "
-              "weight, 16384 or more]")  # fmt: skip
+              "weight, 14336 or more]")  # fmt: skip
 @click.option("--adapter-init", metavar="RANK", type=click.IntRange(min=1), help="Write a LoRA adapter, too, that "
               "starts from what is left of the error; found on the same text.")  # fmt: skip
 @click.option("--skip-first-layers", type=click.IntRange(min=0), help="Decoder blocks that stay as they are.")

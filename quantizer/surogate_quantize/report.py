@@ -52,6 +52,10 @@ def run_table(summary: RunSummary) -> RenderableType:
     parts = sorted(summary.relative_error_by_projection.items(), key=lambda item: -item[1])
     table.add_row("relative error", f"{summary.relative_error:.4f}  ({', '.join(f'{k} {v:.4f}' for k, v in parts)})")
     table.add_row("largest error", f"{summary.worst[1]:.4f}  {summary.worst[0]}")
+    if summary.output_error is not None:
+        before, after = summary.output_error
+        text = f"{after:.4f} on held-out text, with nearest codes {before:.4f} (mean over the linears)"
+        table.add_row("output error", text)
     peak = f", peak memory {size(summary.peak_rss_bytes)}" if summary.peak_rss_bytes else ""
     table.add_row("time", f"{summary.seconds:.1f} s, {summary.megabytes_per_second:.0f} MB/s on {summary.device}{peak}")
     table.add_row("files", ", ".join(summary.carried_over) or "no tokenizer or licence beside the source")

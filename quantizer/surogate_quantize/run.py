@@ -145,7 +145,7 @@ def quantize(
             made = make_plan(opened.checkpoint, options)
             check_budget(made, limit, budget)
             engine = stack.enter_context(open_engine(device, made.options.format, threads))
-            calibration = prepare_calibration(opened.checkpoint, made, engine, team.size)
+            calibration = prepare_calibration(opened.checkpoint, made, engine, team.size, budget)
             settings = calibration.recorded() if calibration else {}
             identity = run_identity(opened, made, settings)
             return _Prepared(opened, sidecars, made, engine, identity, calibration, settings, out_path.name)

@@ -63,6 +63,8 @@ class RunSummary:
         relative_error: ||dequantized - source|| / ||source|| over all quantized weights.
         relative_error_by_projection: the same by the last part of the module's name.
         worst: name and relative error of the worst weight.
+        output_error: where the model was run on text, the mean relative error of the linears' outputs on held-out text,
+            with codes that are nearest and with those that were found (and the adapter); None elsewhere.
         seconds: wall time of the whole run.
         megabytes_per_second: source bytes / seconds / 10^6.
         peak_rss_bytes: the largest resident size of the process so far; None where the system doesn't tell.
@@ -77,6 +79,7 @@ class RunSummary:
     relative_error: float
     relative_error_by_projection: Mapping[str, float]
     worst: tuple[str, float]
+    output_error: tuple[float, float] | None
     seconds: float
     megabytes_per_second: float
     peak_rss_bytes: int | None
@@ -159,6 +162,7 @@ def summarize_run(
         relative_error=_relative(measured.values()),
         relative_error_by_projection={name: _relative(errors) for name, errors in by_projection.items()},
         worst=(worst, measured[worst].relative),
+        output_error=_output_error(results),
         seconds=seconds,
         megabytes_per_second=summary.source_bytes / seconds / 1e6,
         peak_rss_bytes=peak_rss(),
@@ -190,6 +194,15 @@ def _relative(errors: Iterable[Errors]) -> float:
     collected = list(errors)
     square = sum(error.squared_sum for error in collected)
     return math.sqrt(sum(error.squared_error for error in collected) / square) if square else 0.0
+
+
+def _output_error(results: Mapping[str, Result]) -> tuple[float, float] | None:
+    records = [result.record for result in results.values()]
+    pairs = [(r.nearest_output_error, r.output_error) for r in records]
+    known = [(before, after) for before, after in pairs if before is not None and after is not None]
+    if not known:
+        return None
+    return sum(before for before, _ in known) / len(known), sum(after for _, after in known) / len(known)
 
 
 def _not_finite(results: Mapping[str, Result]) -> Iterable[str]:

@@ -34,8 +34,10 @@ class BlockRunner:
 
     Attributes:
         name: of the model's class.
+        device: where it runs.
         count: number of blocks.
         longest: tokens of a row that the model takes.
+        vocabulary: number of tokens that it knows.
         prefix: of the blocks' names in the checkpoint, such as `model.layers`.
 
     Raises:
@@ -44,18 +46,19 @@ class BlockRunner:
 
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> None:
         """Builds the model and fills what isn't a block."""
-        self._checkpoint, self._device, self._dtype = checkpoint, torch.device(device), dtype
+        self._checkpoint, self.device, self._dtype = checkpoint, torch.device(device), dtype
         self._model = _empty_model(checkpoint, dtype)
         self.name = type(self._model).__name__
         self.prefix, self._blocks = self._find_blocks()
         self.count = len(self._blocks)
+        self.vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
         self.longest: int = getattr(self._model.config.get_text_config(), "max_position_embeddings", 1 << 30)
         self._empty = list(self._blocks)
         self._calls: list[dict[str, Any]] = []
         self._fill(self._model, "", skip=f"{self.prefix}.")
         for index in range(self.count):
             self._blocks[index] = nn.Identity()
-        self._model.to(self._device)
+        self._model.to(self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states before the first block, [rows, tokens, hidden], of int64 [rows, tokens].
@@ -64,7 +67,7 @@ class BlockRunner:
         """
         recorders = [_Recorder() for _ in range(self.count)]
         with self._in_place(recorders), torch.no_grad():
-            self._model.base_model(input_ids=ids.to(self._device), use_cache=False)
+            self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
         if not all(recorder.called for recorder in recorders):
             raise NoBlocksError(f"{self.name}: not every block is called once, in order; it can't be calibrated")
         self._calls = [recorder.keywords for recorder in recorders]
@@ -76,7 +79,7 @@ class BlockRunner:
         """A block with its weights, for as long as the block of code lasts."""
         block = self._empty[index]
         self._fill(block, f"{self.prefix}.{index}.")
-        block.to(self._device).eval()
+        block.to(self.device).eval()
         try:
             yield block
         finally:
@@ -99,14 +102,14 @@ class BlockRunner:
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """The hidden states after a block, in the shape of those before it."""
         with torch.no_grad():
-            found = block(hidden.to(self._device), **self._calls[index])
+            found = block(hidden.to(self.device), **self._calls[index])
         result: Tensor = found[0] if isinstance(found, tuple) else found
         return result
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states after the last block."""
         with self._in_place([_Answer(hidden) for _ in range(self.count)]), torch.no_grad():
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
             found: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return found
 
@@ -154,7 +157,7 @@ class BlockRunner:
             raise NoBlocksError(f"{self.name}: {name} is {list(info.shape)}, the model wants {list(like.shape)}")
         value = torch.empty(info.shape, dtype=_TORCH[info.dtype])
         self._checkpoint.read_into(name, value.reshape(-1).view(torch.uint8).numpy().data)
-        return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
+        return value.to(self.device, self._dtype if value.is_floating_point() else value.dtype)
 
 
 class _Recorder(nn.Module):

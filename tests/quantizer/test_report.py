@@ -141,7 +141,7 @@ def test_json_of_a_plan_and_of_a_run(made, summary, capsys):
     data = json.loads(capsys.readouterr().out)
     assert set(data) == {
         "schema_version", "plan", "out", "reused_shards", "device", "relative_error",
-        "relative_error_by_projection", "worst", "seconds",
+        "relative_error_by_projection", "worst", "output_error", "seconds",
         "megabytes_per_second", "peak_rss_bytes", "carried_over", "warnings", "quantized_share",
     }  # fmt: skip
     assert data["quantized_share"] == summary.plan.quantized_share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_load.block_runner import BlockRunner, NoBlocksError
-from surogate_quantize.calibration.activations import Activations
 from surogate_quantize.calibration.adapter import ALPHA, write_adapter
-from surogate_quantize.calibration.block_pass import BlockPass, Streams
+from surogate_quantize.calibration.block_pass import BlockPass
 from surogate_quantize.calibration.options import ADAPTER, ROW, CalibrationOptions
 from surogate_quantize.calibration.store import SolvedBlocks
+from surogate_quantize.calibration.streams import Streams
 from surogate_quantize.calibration.text import (
     CalibrationTextError,
     file_sha256,
@@ -36,6 +37,9 @@ ROWS_AT_ONCE = 4
 HELD_OUT = 4
 """Rows of text beyond those that are solved on: the errors that are reported are measured on them."""
 
+WRITING = 4 * 1.5
+"""Bytes for each value of a model that writes: float32, and what it remembers of the rows."""
+
 Told = Callable[[str], None]
 
 
@@ -48,27 +52,47 @@ class Calibration:
         options: what calibration is asked for.
         device: `cpu` or `cuda`.
         threads: of torch on the CPU: its sums depend on their number.
+        max_memory: bytes that the whole model must fit into where it writes the text.
 
     Raises:
         NoBlocksError: the model can't be run block by block.
         CalibrationTextError: there is no text to calibrate on.
     """
 
-    def __init__(self, source: Checkpoint, plan: Plan, options: CalibrationOptions, device: str, threads: int) -> None:
+    def __init__(
+        self, source: Checkpoint, plan: Plan, options: CalibrationOptions, device: str, threads: int, max_memory: int
+    ) -> None:
         """Builds the model without its blocks, and looks whether every weight of the plan is a linear of a block."""
         self._source, self._plan, self._options = source, plan, options
         self._device, self._threads = device, threads
         self._runner = BlockRunner(source, device, torch.float32)
         prefix = f"{self._runner.prefix}."
         self._tensors = {t.module: t for t in plan.quantized if t.module.startswith(prefix)}
+        if not self._tensors:
+            raise NoBlocksError(
+                f"{self._runner.name}: no weight of its decoder blocks is quantized; nothing to calibrate"
+            )
         for module, tensor in self._tensors.items():
             self._check(module, tensor)
         self._tokenizer = load_tokenizer(source.directory)
         self._length = min(ROW, self._runner.longest)
-        if options.text is None and self._tokenizer is None:
+        if options.text is None:
+            self._check_writer(max_memory)
+        self._given = self._rows_of_file() if options.text is not None else None
+
+    def _check_writer(self, max_memory: int) -> None:
+        """Raises `CalibrationTextError` unless the model can write its text."""
+        if self._tokenizer is None:
             raise CalibrationTextError(
-                f"{source.directory}: has no tokenizer, so the model can't write the text; give `calibration_text` "
-                "FILE with `input_ids`"
+                f"{self._source.directory}: has no tokenizer, so the model can't write the text; give "
+                "`calibration_text` FILE with `input_ids`"
+            )
+        values = sum(math.prod(entry.info.shape) for entry in self._source.tensors.values())
+        room = max_memory if self._device == "cpu" else torch.cuda.mem_get_info()[0]
+        if (needed := round(WRITING * values)) > room:
+            raise CalibrationTextError(
+                f"{self._source.directory}: takes {needed / 1e9:.1f} GB to write its calibration text, and "
+                f"{room / 1e9:.1f} GB may be used; give `calibration_text` FILE, or a larger `max_memory`"
             )
 
     def _rows(self) -> int:
@@ -80,7 +104,7 @@ class Calibration:
         text = self._options.text
         return {
             "calibration_text": "written by the model" if text is None else f"sha256 {file_sha256(Path(text))}",
-            "calibration_tokens": self._rows() * self._length,
+            "calibration_tokens": self._length * (self._rows() if self._given is None else len(self._given)),
             "calibration_seed": self._options.seed,
             "calibration_device": self._device,
             "calibration_threads": self._threads if self._device == "cpu" else None,
@@ -97,18 +121,25 @@ class Calibration:
         """
         folder.mkdir(exist_ok=True)
         with _threads(self._threads), torch.no_grad():
-            ids = self._ids(folder, told)
+            batches = self._batches(self._ids(folder, told))
             solved = SolvedBlocks(folder, self._plan.options.format)
             done = next((i for i in range(self._runner.count) if not solved.has(i)), self._runner.count)
-            before = self._start(folder, ids, done)
             weights = WeightReader(self._source, self._plan, engine, limit, {})
             block_pass = BlockPass(self._runner, self._plan.options, self._tensors, weights, engine, folder)
+            first = self._runner.embed(batches[0])
+
+            def border(index: int) -> Streams:
+                return Streams(folder, index, block_pass.streams, tuple(first.shape), len(batches))
+
+            before = border(done)
+            for position in range(len(batches) if done == 0 else 0):
+                before.start(position, self._runner.embed(batches[position]))
             for index in range(done, self._runner.count):
                 told(f"calibrating block {index + 1} of {self._runner.count}")
-                after = self._border(folder, index + 1)
-                parts = block_pass.solve(index, before, after)
+                after = border(index + 1)
+                found = block_pass.solve(index, before, after)
                 after.sync()
-                solved.put(index, parts)
+                solved.put(index, found)
                 before.remove()
                 before = after
             before.remove()
@@ -143,11 +174,20 @@ class Calibration:
         found: Tensor = load_file(path)["ids"]
         return found
 
+    def _rows_of_file(self) -> Tensor:
+        rows = self._rows() + HELD_OUT
+        found = rows_of_file(Path(str(self._options.text)), self._tokenizer, rows, self._length)
+        if (largest := int(found.max())) >= self._runner.vocabulary:
+            raise CalibrationTextError(
+                f"`calibration_text` {self._options.text}: token {largest} is none of the model's "
+                f"{self._runner.vocabulary}; give ids of its own tokenizer"
+            )
+        return found
+
     def _new_ids(self, told: Told) -> Tensor:
         rows = self._rows() + HELD_OUT
-        if self._options.text is not None:
-            told(f"reading {self._options.text}")
-            return rows_of_file(Path(self._options.text), self._tokenizer, rows, self._length)
+        if self._given is not None:
+            return self._given
         found: list[Tensor] = []
         with self._runner.whole() as model:
             for written in written_rows(model, self._tokenizer, rows, self._length, self._options.seed):
@@ -155,23 +195,10 @@ class Calibration:
                 told(f"the model has written {sum(map(len, found))} of {rows} rows of text")
         return torch.cat(found)
 
-    def _start(self, folder: Path, ids: Tensor, index: int) -> Streams:
-        """The hidden states before a block: those of an interrupted run, or before the first block new ones."""
+    def _batches(self, ids: Tensor) -> Tensor:
+        """int64 [batches, rows, tokens], so many rows at a time that none is left over."""
         at_once = max(count for count in range(1, ROWS_AT_ONCE + 1) if len(ids) % count == 0)
-        batches = ids.reshape(-1, at_once, ids.shape[1])
-        first = self._runner.embed(batches[0])
-        self._shape, self._count = tuple(first.shape), len(batches)
-        streams = self._border(folder, index)
-        if index == 0:
-            for position, batch in enumerate(batches):
-                hidden = self._runner.embed(batch)
-                streams.original.write(position, hidden)
-                streams.quantized.write(position, hidden)
-        return streams
-
-    def _border(self, folder: Path, index: int) -> Streams:
-        files = (Activations(folder / f"{index}.{name}", self._shape, self._count) for name in Streams.names)
-        return Streams(*files)
+        return ids.reshape(-1, at_once, ids.shape[1])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Linears = Mapping[str, nn.Module]
+Linears = Mapping[str, nn.Linear]
 """The linears of a block by the full names of their modules, as the plan has them."""
 
 

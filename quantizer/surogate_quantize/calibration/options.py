@@ -21,7 +21,7 @@ ROW = 512
 TOKENS_EACH_COLUMN = 10
 """Tokens of calibration text for each column of the widest weight, by default."""
 
-LEAST_TOKENS = 32 * ROW
+LEAST_TOKENS = 28 * ROW
 
 
 class CalibrationOptionsError(UsageError):

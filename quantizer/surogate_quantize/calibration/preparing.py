@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 from surogate_formats.checkpoint import Checkpoint
 from surogate_quantize.calibration.options import CalibrationOptionsError
-from surogate_quantize.engine import Engine, available_cpus
+from surogate_quantize.engine import Engine
 from surogate_quantize.plan import Plan
 
 if TYPE_CHECKING:
     from surogate_quantize.calibration.calibrate import Calibration
 
 
-def prepare_calibration(source: Checkpoint, plan: Plan, engine: Engine, ranks: int) -> Calibration | None:
+def prepare_calibration(
+    source: Checkpoint, plan: Plan, engine: Engine, ranks: int, max_memory: int
+) -> Calibration | None:
     """The calibrated pass of a plan that asks for calibrated codes; None for any other.
 
     Raises:
@@ -26,8 +28,10 @@ def prepare_calibration(source: Checkpoint, plan: Plan, engine: Engine, ranks: i
     if ranks > 1:
         raise CalibrationOptionsError(f"`{what}` runs in one process; start it without torchrun")
     try:
+        import torch
+
         from surogate_quantize.calibration.calibrate import Calibration
     except ImportError as error:
         raise CalibrationOptionsError(f"`{what}` needs {error.name}: pip install 'surogate-quant[train]'") from error
     device = "cuda" if engine.device.startswith("cuda") else "cpu"
-    return Calibration(source, plan, plan.options.calibration, device, available_cpus())
+    return Calibration(source, plan, plan.options.calibration, device, torch.get_num_threads(), max_memory)

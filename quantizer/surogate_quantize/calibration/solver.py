@@ -48,17 +48,13 @@ class Statistics:
         hessian: float64 [K, K], the damped mean of x x^T over the inputs x that the quantized model gives it.
         order: int64 [K], columns by descending diagonal.
         upper: float32 [K, K], U with hessian^-1 = U^T U in that order.
-        shift: float32 [K, K] or None; W + W shift is the target where the original model's inputs are known, too.
+        shift: float32 [K, K] or None; W + W shift gives these inputs what W gives the original model's.
     """
 
     hessian: Tensor
     order: Tensor
     upper: Tensor
     shift: Tensor | None
-
-    def target(self, weight: Tensor) -> Tensor:
-        """What the quantized weight should be near to: it makes up for other inputs than the original's."""
-        return weight if self.shift is None else weight + weight @ self.shift
 
 
 def statistics(products: Tensor, cross: Tensor | None = None, damping: float = DAMPING) -> Statistics:
@@ -86,16 +82,15 @@ def statistics(products: Tensor, cross: Tensor | None = None, damping: float = D
     return Statistics(hessian, order, upper.float().contiguous(), shift)
 
 
-def solve(weight: Tensor, grid: Grid, known: Statistics, sweeps: int = SWEEPS) -> Solved:
-    """Finds codes and scales for a weight.
+def solve(target: Tensor, grid: Grid, known: Statistics, sweeps: int = SWEEPS) -> Solved:
+    """Finds codes and scales.
 
     Args:
-        weight: float32 [N, K].
+        target: float32 [N, K], the weight, or what makes up for the layers before it, too.
         grid: its legal values.
         known: of its inputs.
         sweeps: of coordinate descent after GPTQ.
     """
-    target = known.target(weight) if grid.asymmetric else weight
     scales = search_scales(target, grid, 1 / known.upper.diagonal()[known.order.argsort()] ** 2)
     values = _gptq(target, grid, scales, known)
     hessian = known.hessian.float()

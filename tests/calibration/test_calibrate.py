@@ -1,0 +1,177 @@
+"""Whole calibrated runs on tiny models: better, legal, resumable, and refused by name where they can't be."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from quantizer.checkpoints import contents
+from transformers import AutoModelForCausalLM
+
+from make_tiny import make_tiny
+from surogate_formats.artifact import Artifact
+from surogate_load import load_model
+from surogate_load.block_runner import NoBlocksError
+from surogate_load.verification import verify_against
+from surogate_quantize import make_options, quantize
+from surogate_quantize.calibration.options import CalibrationOptionsError
+from surogate_quantize.calibration.text import CalibrationTextError
+
+ROWS = torch.randint(3, 90, (24, 600), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_tiny("llama", tmp_path_factory.mktemp("calibrate") / "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "ids.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in ROWS[:20]))
+    return path
+
+
+def calibrated(source, out, text, name="nf4", parameters=None, layout=None):
+    settings = {"codes": "calibrated", "calibration_text": str(text), "calibration_tokens": 4096}
+    return quantize(source, out, make_options(name, parameters or {}, layout, **settings))
+
+
+def divergence(source, model):
+    ids = ROWS[20:, :256]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(input_ids=ids).logits.log_softmax(
+            -1
+        )
+        found = model(input_ids=ids).logits.log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+CASES = [
+    ("nf4", {}, None),
+    ("nf4", {}, "bitsandbytes"),
+    ("fp4", {"two_d": False}, None),
+    ("fp4", {}, None),
+    ("fp8", {}, None),
+    ("fp8", {"scaling": "channel"}, None),
+    ("fp8", {"scaling": "block"}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "layout"), CASES)
+def test_the_same_bytes_say_more(source, text, tmp_path, name, parameters, layout):
+    quantize(source, tmp_path / "nearest", make_options(name, parameters, layout))
+    summary = calibrated(source, tmp_path / "calibrated", text, name, parameters, layout)
+    with Artifact.open(tmp_path / "calibrated") as artifact:
+        artifact.verify()
+        verify_against(artifact, source)
+    models = {kind: load_model(tmp_path / kind, dtype=torch.float32) for kind in ("nearest", "calibrated")}
+    measured = {kind: divergence(source, model) for kind, model in models.items()}
+    assert measured["calibrated"] < 0.8 * measured["nearest"]
+    before, after = summary.output_error
+    assert after < before
+    for kind in ("model.safetensors", "config.json"):
+        sizes = [(tmp_path / folder / kind).stat().st_size for folder in ("nearest", "calibrated")]
+        assert sizes[0] == sizes[1]
+    with Artifact.open(tmp_path / "calibrated") as artifact:
+        options = artifact.manifest.options
+        recorded = [options[key] for key in ("codes", "calibration_tokens", "calibration_device")]
+        assert recorded == ["calibrated", 20 * 256, "cpu"]
+
+
+class Stopped(KeyboardInterrupt):
+    """Comes in the middle of a pass."""
+
+
+@pytest.mark.parametrize("moment", ["calibrating block 1 of 2", "calibrating block 2 of 2"])
+def test_a_pass_that_is_interrupted_goes_on(source, text, tmp_path, moment):
+    settings = {"calibration_text": str(text), "calibration_tokens": 2048, "adapter_init": 2}
+    options = make_options("nf4", {}, codes="calibrated", **settings)
+    quantize(source, tmp_path / "undisturbed", options)
+
+    def stop(said):
+        if said == moment:
+            raise Stopped
+
+    with pytest.raises(Stopped) as stopped:
+        quantize(source, tmp_path / "out", options, told=stop)
+    assert bool(stopped.value.args) == moment.startswith("calibrating block 2")
+    said = []
+    quantize(source, tmp_path / "out", options, told=said.append)
+    again = [line for line in said if line.startswith("calibrating")]
+    assert again == [f"calibrating block {n} of 2" for n in (1, 2)][-1 if stopped.value.args else 0 :]
+    one, other = contents(tmp_path / "out"), contents(tmp_path / "undisturbed")
+    # The adapter's config holds the artifact's name, and the manifest that file's hash.
+    for name in ("surogate.json", "adapter-init/adapter_config.json"):
+        one.pop(name), other.pop(name)
+    assert one == other
+
+
+@pytest.mark.parametrize("codes", ["nearest", "calibrated"])
+def test_an_adapter_starts_from_what_is_left(source, text, tmp_path, codes):
+    out = tmp_path / "out"
+    options = make_options("nf4", {}, codes=codes, calibration_text=str(text), calibration_tokens=4096, adapter_init=8)
+    quantize(source, out, options)
+    with Artifact.open(out) as artifact:
+        artifact.verify()
+    plain, adapted = load_model(out, dtype=torch.float32), load_model(out, dtype=torch.float32, adapter="init")
+    assert divergence(source, adapted) < {"nearest": 0.8, "calibrated": 1.0}[codes] * divergence(source, plain)
+    assert sum(parameter.requires_grad for parameter in adapted.parameters()) == 28
+    from peft import PeftModel
+
+    packed = load_model(out, dtype=torch.float32)
+    again = PeftModel.from_pretrained(packed, str(out / "adapter-init"), is_trainable=True)
+    assert divergence(source, again) == divergence(source, adapted)
+
+
+def test_what_the_text_may_not_be(source, tmp_path):
+    cases = {
+        "a.txt": ("hello", "has no tokenizer; give a .jsonl file with `input_ids`"),
+        "short.jsonl": ('{"input_ids": [1, 2, 3]}', "has 3 tokens, and a row takes"),
+        "wrong.jsonl": ('{"ids": [1]}', "line 1: is no object with `text` or `input_ids`"),
+        "negative.jsonl": ('{"input_ids": [-1]}', "line 1: is no object"),
+        "broken.jsonl": ("{", "can't be read"),
+        "large.jsonl": (json.dumps({"input_ids": [10**6] * 600}), "token 1000000 is none of the model's"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(CalibrationTextError, match=message):
+            calibrated(source, tmp_path / "out", tmp_path / name)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(CalibrationTextError, match="has no tokenizer, so the model can't write the text"):
+        quantize(source, tmp_path / "out", make_options("nf4", {}, codes="calibrated"))
+    with pytest.raises(CalibrationTextError, match=r"none\.txt: can't be read"):
+        calibrated(source, tmp_path / "out", tmp_path / "none.txt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_calibrated_are_refused_by_name(text, tmp_path):
+    source = make_tiny("qwen3-moe", tmp_path / "moe")
+    with pytest.raises(NoBlocksError, match=r"Qwen3MoeForCausalLM: .*experts.* is no linear of a decoder block"):
+        calibrated(source, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"codes": "best"},
+        {"calibration_tokens": 5},
+        {"calibration_text": "x"},
+        {"codes": "calibrated", "calibration_tokens": 0},
+        {"adapter_init": 0},
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(arguments):
+    with pytest.raises(CalibrationOptionsError):
+        make_options("nf4", {}, **arguments)
+
+
+def test_an_old_artifact_with_an_adapter_is_replaced(source, text, tmp_path):
+    out = tmp_path / "out"
+    options = make_options("nf4", {}, calibration_text=str(text), calibration_tokens=2048, adapter_init=2)
+    quantize(source, out, options)
+    quantize(source, out, make_options("nf4", {}), overwrite=True)
+    assert not (out / "adapter-init").exists()
+    shutil.rmtree(out)
