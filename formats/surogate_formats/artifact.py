@@ -22,6 +22,9 @@ from surogate_formats.format import Format, Parts, Shape
 from surogate_formats.layouts import Layout, UnreadableConfigError, layout_of_config, stored_tensors, unpack
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
 
+STAGING = ".surogate-staging"
+"""Folder in an output directory where an artifact grows; a finished one has none."""
+
 
 class IncompleteArtifactError(ArtifactError):
     """The directory has no manifest: its quantization never finished, or it isn't ours."""
@@ -165,6 +168,10 @@ class Artifact:
 
 
 def _incomplete(directory: Path) -> IncompleteArtifactError:
+    if (directory / STAGING).is_dir():
+        return IncompleteArtifactError(
+            f"{shown(directory)}: holds an unfinished run of surogate-quantize; the same command finishes it"
+        )
     return IncompleteArtifactError(
         f"{shown(directory)}: no {MANIFEST_NAME}, so this is no finished artifact; "
         "make one with surogate-quantize MODEL --format nf4 --out DIR (a dense checkpoint is for transformers)"

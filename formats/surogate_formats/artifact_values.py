@@ -14,7 +14,7 @@ from surogate_formats.artifact_checks import CorruptArtifactError
 from surogate_formats.checkpoint.directory import Directory
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.checkpoint.files import stream_of
-from surogate_formats.dtypes import NUMPY
+from surogate_formats.dtypes import FLOATS, NUMPY
 from surogate_formats.errors import ArtifactError
 from surogate_formats.format import Shape, TensorSpec
 from surogate_formats.layouts import RecodingLayout, stored_tensors
@@ -57,6 +57,21 @@ def verify_tensors(artifact: Artifact) -> int:
         for module, shape in artifact.modules.items():
             _check_state(artifact, module, shape)
     return count
+
+
+def check_scales(artifact: Artifact) -> None:
+    """Looks at the floating-point companions of all packed weights, which takes a moment; `verify` looks at everything.
+
+    Raises:
+        PartValueError: the first scale that stands for no weight (a NaN, say), by name.
+    """
+    for name, rule in _rules(artifact):
+        dtype = artifact.checkpoint.tensors[name].info.dtype
+        if dtype in FLOATS.values():
+            problem = _problem(rule, artifact.checkpoint.read(name).reshape(-1), 0)
+            if problem is not None:
+                path = shown(artifact.path)
+                raise PartValueError(f"{path}: {shown(name)}: {problem}; download it again, or quantize again")
 
 
 def _rules(artifact: Artifact) -> Iterator[tuple[str, PartRule]]:

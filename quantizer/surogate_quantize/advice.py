@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -52,9 +53,22 @@ def warnings_before(source: Checkpoint, made: Plan) -> list[str]:
     warning = options.layout.dtype_warnings.get(options.format.name)
     if warning and dtypes != {"BF16"}:
         lines.append(f"the source is {', '.join(sorted(dtypes))}: {warning}")
+    lines.extend(_layers_missing(source))
     if "auto_map" in source.config:
         lines.append("config.json names code of the model's own (auto_map); code is not carried over")
     return lines
+
+
+def _layers_missing(source: Checkpoint) -> list[str]:
+    """What config.json says of the model's depth, if the tensors say less."""
+    found = {int(match[1]) for name in source.tensors if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))}
+    claimed = source.config.get("num_hidden_layers")
+    if not found or claimed is None or (type(claimed) is int and claimed <= max(found) + 1):
+        return []
+    return [
+        f"config.json says num_hidden_layers {str(claimed)[:20]!r}, and the tensors are of {max(found) + 1}: no model "
+        "may be loaded from the artifact; see whether the source is whole"
+    ]
 
 
 class Comparison:

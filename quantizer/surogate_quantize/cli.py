@@ -163,7 +163,7 @@ def _run(out: Out, arguments: dict[str, Any]) -> None:
     if model is None:
         raise click.UsageError("Missing argument 'MODEL' (or a --config that names a model).")
     if arguments["dry_run"]:
-        out.plan(*dry_run(model, options, target, overwrite=overwrite, **hub))
+        out.plan(*dry_run(model, options, target, max_memory=arguments["max_memory"], overwrite=overwrite, **hub))
         return
     if target is None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")

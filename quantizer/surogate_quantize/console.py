@@ -63,9 +63,9 @@ class Out:
 
         stream = sys.stderr if on_stderr else sys.stdout
         if stream.isatty():
-            Console(stderr=on_stderr, highlight=False).print(content)
+            Console(stderr=on_stderr, highlight=False, markup=False).print(content)
             return
-        console = Console(stderr=on_stderr, highlight=False, width=UNFOLDED)
+        console = Console(stderr=on_stderr, highlight=False, markup=False, width=UNFOLDED)
         with console.capture() as capture:
             console.print(content)
         stream.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from surogate_quantize.ranks.environment import is_first_rank
+
 WORDS = {
     getattr(signal, name): word
     for name, word in (("SIGINT", "Interrupted"), ("SIGTERM", "Terminated"), ("SIGHUP", "Hung up"))
@@ -56,7 +58,8 @@ def one_line_at_the_end() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "number", signal.SIGINT)
         left = interrupt.args[0] if interrupt.args else NOTHING_LEFT
-        sys.stderr.write(f"{WORDS[number]}; {left}.\n")
+        if is_first_rank():
+            sys.stderr.write(f"{WORDS[number]}; {left}.\n")
         sys.exit(128 + number)
 
 

@@ -142,7 +142,7 @@ def make_options(
         skip=SkipOptions(first, last, tuple(skip)),
         recipe=training.recipe,
         lora=training.lora,
-        max_shard_size=parse_size(max_shard_size),
+        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
         layout_asked=layout is not None,
         quantize_lm_head=quantize_lm_head,
         codes=codes,
@@ -151,8 +151,8 @@ def make_options(
     )
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes from a number or a text such as `500MB` (decimal) or `2GiB` (binary).
+def parse_size(size: int | str, name: str) -> int:
+    """Bytes from a number or a text such as `500MB` (decimal) or `2GiB` (binary); `name` is the option's.
 
     Raises:
         BadSizeError: not such a text, or not positive.
@@ -163,7 +163,7 @@ def parse_size(size: int | str) -> int:
     try:
         number = round(float(digits) * _SIZE_UNITS[unit])
     except (ValueError, KeyError, OverflowError):
-        raise BadSizeError(f"size {text!r}: write a number and a unit, such as 5GB or 500MiB") from None
+        raise BadSizeError(f"`{name}` {text!r}: write a number and a unit, such as 5GB or 500MiB") from None
     if number <= 0:
-        raise BadSizeError(f"size {text!r}: must be positive")
+        raise BadSizeError(f"`{name}` {text!r}: must be positive")
     return number

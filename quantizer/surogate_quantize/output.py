@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from surogate_formats.artifact import STAGING
 from surogate_formats.layouts.modelopt import SIDECAR as MODELOPT_FILE
 from surogate_formats.manifest import MANIFEST_NAME
 from surogate_quantize.calibration.options import ADAPTER
@@ -16,9 +17,6 @@ from surogate_quantize.output_errors import (
     locked,
 )
 from surogate_quantize.sidecars import TEMPLATES, is_carried
-
-STAGING = ".surogate-staging"
-"""Folder inside the output directory where files grow; a finished artifact has none."""
 
 PUBLISHING = "publishing"
 """File in the staging folder from the moment when its files begin to move to their places."""
@@ -50,8 +48,9 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
             return
     unpublished = MANIFEST_NAME not in names and (out / STAGING / PUBLISHING).exists()
     if names and not overwrite and not unpublished:
+        going_on = ", or to go on with the unfinished run" if STAGING in names else ""
         raise OutputExistsError(
-            f"`out` {out}: is not empty; choose another, or `overwrite=True` to replace an artifact"
+            f"`out` {out}: is not empty; choose another, or `overwrite=True` to replace an artifact{going_on}"
         )
     if names and not names & {MANIFEST_NAME, STAGING}:
         raise OutputExistsError(

@@ -36,6 +36,7 @@ from surogate_quantize.sidecars import (
     shard_index,
     shard_names,
 )
+from surogate_quantize.staging import Staging
 from surogate_quantize.stream import Solved
 from surogate_quantize.summary import RunSummary, summarize_run
 from surogate_quantize.syncing import write_synced
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
     from surogate_quantize.calibration.calibrate import Calibration
     from surogate_quantize.calibration.store import SolvedBlocks
 
-HEADER_ROOM = 64 << 20
-"""Bytes of free disk asked for beyond the tensors: headers, manifest, tokenizer."""
+ROOM_EACH = 4 << 10
+"""Bytes of free disk asked for beyond each tensor: for its places in header, index and manifest."""
 
 Watch = Callable[[Plan, Sequence[PlannedTensor]], Callable[[PlannedTensor], None]]
 """Told the plan, and those of its tensors that will be worked on; returns what is called after each of them."""
@@ -58,6 +59,7 @@ def dry_run(
     options: Options,
     out: str | Path | None = None,
     *,
+    max_memory: int | str = DEFAULT_MAX_MEMORY,
     overwrite: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -68,6 +70,7 @@ def dry_run(
         model: directory of a Hugging Face checkpoint in safetensors, or a name on the Hub such as `org/model`.
         options: what to do.
         out: directory of the artifact, checked as `quantize` checks it; None checks none.
+        max_memory: see `quantize`.
         overwrite: an artifact may stand in `out`.
         revision: see `quantize`.
         token: see `quantize`.
@@ -83,6 +86,10 @@ def dry_run(
             check_output(Path(out), source.directory, overwrite=overwrite)
         find_sidecars(source.directory)
         made = make_plan(source, options)
+        budget = parse_size(max_memory, "max_memory")
+        check_budget(made, band_bytes(budget), budget)
+        if out is not None and not options.calibrates:
+            Staging(Path(out), made.shards).check(run_identity(opened, made, {}), overwrite=overwrite)
         return made, warnings_before(source, made)
 
 
@@ -129,7 +136,7 @@ def quantize(
             shards that were finished, with which the same call goes on.
     """
     started = time.perf_counter()
-    out_path, budget = Path(out), parse_size(max_memory)
+    out_path, budget = Path(out), parse_size(max_memory, "max_memory")
     limit = band_bytes(budget)
     with ExitStack() as stack:
         team: Team = stack.enter_context(joined()) if ranks else Alone()
@@ -153,7 +160,7 @@ def quantize(
         job = prepared(team, prepare)
         with staged_together(team, out_path, job.identity, job.plan.shards, overwrite=overwrite) as staging:
             work = Work.found(team, job.plan, staging, threads)
-            team.together(lambda: staging.check_room(work.bytes_to_write + HEADER_ROOM + job.opened.room))
+            team.together(lambda: staging.check_room(work.bytes_to_write + _room_beside(job)))
             solved = job.calibration.solve(staging.calibration, job.engine, limit, told) if job.calibration else None
             results, advice = _stream(job, work, limit, watch, solved)
             team.together(lambda: _write_rest(job, staging.files, results, solved) if team.rank == 0 else None)
@@ -181,6 +188,12 @@ class _Prepared:
     calibration: Calibration | None
     settings: Mapping[str, Any]
     out: str
+
+
+def _room_beside(job: _Prepared) -> int:
+    """Bytes of disk that a run needs beside the tensors that it writes."""
+    sidecars = sum((job.opened.checkpoint.directory / name).stat().st_size for name in job.sidecars)
+    return sidecars + ROOM_EACH * len(job.plan.tensors) + job.opened.room
 
 
 def prepared(team: Team, prepare: Callable[[], _Prepared]) -> _Prepared:

@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from surogate_formats.artifact import STAGING
 from surogate_formats.checkpoint.errors import UnreadableFileError
 from surogate_formats.errors import CheckpointError, NonFiniteWeightError, OutOfRangeError, SurogateError
 from surogate_quantize.interruption import name_leftover, undisturbed
-from surogate_quantize.output import MARKS, PUBLISHING, STAGING, remove
+from surogate_quantize.output import MARKS, PUBLISHING, remove
 from surogate_quantize.output_errors import (
     DiskFullError,
     OtherRunError,
@@ -22,6 +23,7 @@ from surogate_quantize.output_errors import (
     locked,
 )
 from surogate_quantize.output_shards import PART
+from surogate_quantize.report import size
 from surogate_quantize.run_identity import Identity, difference
 from surogate_quantize.sidecars import shard_names
 from surogate_quantize.syncing import replace_synced, sync_directory, write_synced
@@ -54,22 +56,35 @@ class Staging:
         what = f"{done} of {self._shards} shards are" if done else f"{blocks} blocks are calibrated and"
         return f"{what} finished, and the same command goes on from there" if done or blocks else None
 
+    def check(self, identity: Identity, *, overwrite: bool) -> str | None:
+        """What an unfinished run there was asked for otherwise; None if it was asked for the same, or if there is none.
+
+        Raises:
+            OtherRunError: there is one, with finished shards, and `overwrite` is not given.
+        """
+        other = self._difference(identity) if self.path.exists() else None
+        if other is None or overwrite or not self.finished:
+            return other
+        if other.startswith("files."):
+            raise OtherRunError(
+                f"`out` {self.out}: holds an unfinished run, and the source has changed since ({other}); "
+                "`overwrite=True` starts anew"
+            )
+        raise OtherRunError(
+            f"`out` {self.out}: holds an unfinished run of another command ({other}); give that command again "
+            "to finish it, or `overwrite=True` to start anew"
+        )
+
     def open(self, identity: Identity, *, overwrite: bool) -> None:
         """Makes the folders, or takes those of a run that was interrupted.
 
         Raises:
-            OtherRunError: they are of a run that was asked for something else, and `overwrite` is not given.
+            OtherRunError: see `check`.
         """
         if self.path.exists():
-            other = self._difference(identity)
-            if other is None:
+            if self.check(identity, overwrite=overwrite) is None:
                 self._take_back()
                 return
-            if self.finished and not overwrite:
-                raise OtherRunError(
-                    f"`out` {self.out}: holds an unfinished run of another command ({other}); give that command again "
-                    "to finish it, or `overwrite=True` to start anew"
-                )
             # The folder itself stays: without it, what a half-published run has left in `out` would be nobody's.
             remove(self.path.iterdir())
         for folder in (self.path, self.files, self.records):
@@ -83,8 +98,7 @@ class Staging:
         free = shutil.disk_usage(self.out).free
         if free < needed:
             raise DiskFullError(
-                f"`out` {self.out}: {needed / 1e9:.2f} GB will be written, {free / 1e9:.2f} GB are free; choose "
-                "another disk"
+                f"`out` {self.out}: {size(needed)} will be written, {size(free)} are free; choose another disk"
             )
 
     def publish(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from surogate_formats.artifact import Artifact
+from surogate_formats.artifact_values import check_scales
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import RECIPES, Recipe, check_compatible
 from surogate_load.architecture import model_class, model_config, need_transformers, one_line
@@ -99,6 +100,7 @@ def load_model(
     with open_local(artifact, revision, token) as opened:
         if adapter is not None:
             check_saved(opened.path / ADAPTER_INIT)
+        check_scales(opened)
         say_unused(opened)
         given = sort_keywords(keywords, opened.config.keys())
         chosen = choose_recipe(opened.recipe, recipe, given.switches)

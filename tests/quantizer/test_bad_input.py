@@ -338,8 +338,8 @@ def test_a_bad_source_leaves_the_artifact_that_was_to_be_replaced(source, out):
 
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(source, out, monkeypatch):
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
-    assert_refused(cli(source, "--format", "nf4", "--out", out), 1, "0.00 GB are free; choose another disk")
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    assert_refused(cli(source, "--format", "nf4", "--out", out), 1, "100.0 kB are free; choose another disk")
     assert not out.parent.exists()
 
 

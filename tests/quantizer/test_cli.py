@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 from quantizer.checkpoints import LINEARS, check_artifact, contents, llama, write_checkpoint
 
+from surogate_formats.artifact import STAGING
 from surogate_formats.layouts import LAYOUTS as LAYOUT_CLASSES
 from surogate_quantize import make_options, quantize
 from surogate_quantize.cli import DEVICES, EXAMPLES, FORMAT_PARAMETERS, LAYOUTS, main
 from surogate_quantize.devices import DEVICES as DEVICES_THERE_ARE
 from surogate_quantize.flags import as_flags
-from surogate_quantize.output import STAGING
 from surogate_quantize.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,7 @@ import pytest
 from quantizer.checkpoints import contents, llama, write_checkpoint
 from quantizer.killed_runs import KilledRuns
 
-from surogate_formats.artifact import Artifact
-from surogate_quantize.output import STAGING
+from surogate_formats.artifact import STAGING, Artifact
 
 SMALL = ("--format", "nf4", "--max-shard-size", "100KB", "-q")
 SMOLLM2 = ("--format", "nf4", "--max-shard-size", "20MB", "-q")

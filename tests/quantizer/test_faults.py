@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner
 from quantizer.checkpoints import contents, llama, write_checkpoint
 
+from surogate_formats.artifact import STAGING
 from surogate_formats.checkpoint.errors import ChangedFileError, TruncatedFileError, UnreadableFileError
 from surogate_quantize import engine, make_options, quantize, run, shard
 from surogate_quantize.bands import OutOfMemoryError
 from surogate_quantize.cli import main
-from surogate_quantize.output import STAGING
 from surogate_quantize.output_errors import DiskFullError, OtherRunError, OutputNotWritableError
 
 OPTIONS = make_options("nf4", {}, max_shard_size="100KB")
@@ -79,14 +79,15 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_full_already(source, small_disk):
-    with pytest.raises(DiskFullError, match=r"GB will be written, 0\.00 GB are free; choose another disk$"):
+    (small_disk / "filler").write_bytes(bytes(900_000))
+    with pytest.raises(DiskFullError, match=r"kB will be written, .* kB are free; choose another disk$"):
         quantize(source, small_disk / "out", OPTIONS)
-    assert not list(small_disk.iterdir())
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 def test_a_disk_that_fills_up_meanwhile(source, expected, small_disk, monkeypatch):
     """For real: somebody else takes the rest of a small file system, and gives it back."""
-    monkeypatch.setattr(run, "HEADER_ROOM", 0)
+    monkeypatch.setattr(run, "ROOM_EACH", 0)
     out, filler = small_disk / "out", small_disk / "filler"
 
     def fill():

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from quantizer.checkpoints import write_checkpoint
 
+from surogate_formats.artifact import STAGING
 from surogate_quantize import staging as staging_module
 from surogate_quantize.interruption import EndedBySignal, one_line_at_the_end
-from surogate_quantize.output import STAGING
 from surogate_quantize.staging import Staging, staged
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,10 @@ from surogate_formats.nvfp4 import NVFP4
 from surogate_formats.recipe import IncompatibleRecipeError, Recipe
 from surogate_formats.training_config import Lora, load_training_config
 from surogate_quantize import make_options, quantize
+from surogate_quantize.hub.opening import open_source
 from surogate_quantize.options import BadSizeError, NoFormatError, parse_size
+from surogate_quantize.plan import make_plan
+from surogate_quantize.run_identity import difference, run_identity
 
 ALL = {f"{module}.weight" for module in LINEARS}
 FIRST = {name for name in ALL if ".layers.0." in name}
@@ -200,6 +203,26 @@ def test_double_quantization_that_is_on_is_the_kind_that_the_layout_stores(load)
     assert make_options(None, {"double_quant": "none"}, "bitsandbytes", training=on).format.double_quant == "none"
 
 
+def test_how_codes_are_chosen_is_recorded_and_no_parameter_of_the_format():
+    nearest, found = (make_options("nf4", {}, codes=codes) for codes in ("nearest", "search"))
+    assert make_options("nf4", {}) == nearest
+    assert nearest.recorded() | {"codes": "search"} == found.recorded()
+    assert nearest.format == found.format
+    with pytest.raises(UsageError, match=r"`codes` is 'best'; choose one of nearest, search, calibrated"):
+        make_options("nf4", {}, codes="best")
+
+
+def test_a_run_with_other_codes_is_another_run(tmp_path):
+    path = write_checkpoint(tmp_path / "source")
+    with open_source(path, None, revision=None, token=None, keep_source=False) as source:
+        nearest, found = (
+            run_identity(source, make_plan(source.checkpoint, make_options("nf4", {}, codes=codes)), {})
+            for codes in ("nearest", "search")
+        )
+    assert difference(nearest, nearest) is None
+    assert difference(nearest, found) == "options.codes 'nearest' there, 'search' here"
+
+
 def test_recipe_and_adapter_come_from_the_training_file(load):
     options = make_options(None, {}, training=load("qlora_fp8: true\nrecipe: nvfp4\nlora: true\nlora_rank: 4\n"))
     assert options.recipe == Recipe("nvfp4")
@@ -263,12 +286,12 @@ def test_a_layout_that_cannot_hold_the_format_is_refused():
     ],
 )
 def test_sizes(text, size):
-    assert parse_size(text) == size
+    assert parse_size(text, "max_memory") == size
 
 
 @pytest.mark.parametrize(
     "text", ["", "GB", "5 parsecs", "5GBB", "-1GB", "0", "0.1B", "nanGB", "infGB", "1e999GB", "1,5GB", -3]
 )
 def test_sizes_that_are_none(text):
-    with pytest.raises(BadSizeError, match=r"^size "):
-        parse_size(text)
+    with pytest.raises(BadSizeError, match=r"^`max_memory` "):
+        parse_size(text, "max_memory")

@@ -9,9 +9,9 @@ import pytest
 from quantizer.checkpoints import contents, write_checkpoint
 from quantizer.test_faults import OPTIONS, after_a_shard, interrupt
 
+from surogate_formats.artifact import STAGING
 from surogate_formats.checkpoint.errors import UnreadableFileError
 from surogate_quantize import quantize
-from surogate_quantize.output import STAGING
 from surogate_quantize.output_errors import OutputNotWritableError
 
 NOBODY = 65534

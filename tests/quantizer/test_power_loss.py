@@ -10,9 +10,8 @@ from quantizer.checkpoints import contents, write_checkpoint
 from quantizer.disk_model import after_power_loss, nothing_unsynced, some_of
 from quantizer.disk_recorder import Recorder
 
-from surogate_formats.artifact import Artifact
+from surogate_formats.artifact import STAGING, Artifact
 from surogate_quantize import make_options, quantize
-from surogate_quantize.output import STAGING
 from surogate_quantize.output_errors import OutputExistsError
 
 MARKS = ("config.json", "surogate.json")

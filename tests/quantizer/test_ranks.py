@@ -12,8 +12,8 @@ import pytest
 from quantizer.checkpoints import contents, llama, write_checkpoint
 from torch import distributed
 
+from surogate_formats.artifact import STAGING
 from surogate_quantize import make_options, quantize
-from surogate_quantize.output import STAGING
 from surogate_quantize.ranks import sharing, team
 from surogate_quantize.ranks.errors import NotSharedError, RankLostError, StoppedByTeamError
 from surogate_quantize.ranks.team import TorchTeam

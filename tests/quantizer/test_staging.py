@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from surogate_formats.artifact import STAGING
 from surogate_quantize import staging as staging_module
-from surogate_quantize.output import STAGING, check_output
+from surogate_quantize.output import check_output
 from surogate_quantize.output_errors import DiskFullError, OtherRunError, OutputBusyError, OutputNotWritableError
 from surogate_quantize.run_identity import difference
 from surogate_quantize.staging import Staging, staged
@@ -299,7 +300,7 @@ def test_too_little_room_is_seen_and_nothing_is_left(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=999_999_999)
     monkeypatch.setattr(staging_module.shutil, "disk_usage", lambda path: usage)
     out = tmp_path / "out"
-    with pytest.raises(DiskFullError, match=r"1\.00 GB will be written, 1\.00 GB are free"), enter(out) as staging:
+    with pytest.raises(DiskFullError, match=r"1\.00 GB will be written, 1000\.0 MB are free"), enter(out) as staging:
         staging.check_room(10**9)
     assert not out.exists()
     with pytest.raises(RuntimeError), enter(out) as staging:

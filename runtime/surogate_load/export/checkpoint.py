@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from surogate_formats.checkpoint.index import INDEX
@@ -73,8 +74,11 @@ def whole_directory(out: Path) -> Iterator[Path]:
         _sync(partial)
         partial.rename(out)
         _sync(out.parent)
-    except OSError as error:
-        raise ExportFailedError(f"{out}: can't be written ({error.strerror or error}); choose another place") from error
+    except (OSError, SafetensorError) as error:
+        said = error.strerror or error if isinstance(error, OSError) else str(error).partition(": ")[2] or error
+        raise ExportFailedError(
+            f"{out}: can't be written ({said}); free some space, or choose another place"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
