@@ -1,4 +1,4 @@
-"""Times the quantizer: beside its peers on one weight, and beside copying on a whole file.
+"""Times the quantizer: beside its peers on one weight, with a search for scales beside without, and beside copying.
 
 With --device cuda the quantizer runs on a GPU, and its times hold the copies there and back; the peers stay on the CPU.
 Rates are 10^9 bytes of the bfloat16 source a second. Both sides have the same number of threads and take turns in one
@@ -70,6 +70,18 @@ CASES = (
 )
 
 
+SEARCHED = {
+    "NF4, double quantization": NF4(),
+    "NF4 as bitsandbytes stores it": NF4(64, "dynamic"),
+    "NVFP4 1-D": NVFP4(False, False),
+    "NVFP4 1-D, 4/6": NVFP4(False),
+    "NVFP4 2-D, 4/6": NVFP4(),
+    "E4M3 per channel": FP8("channel"),
+    "E4M3 per 128x128 tile": FP8("block"),
+}
+"""Formats whose scales are searched for, beside themselves without the search."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A comparison; rates in GB/s of source, None where the other side is missing. `peak_rss` is in bytes."""
@@ -92,20 +104,40 @@ def bench_weight(case: Case, device: str, threads: int, rounds: int) -> Row:
     import torch
 
     torch.set_num_threads(threads)
-    values = np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32) * np.float32(0.02)
-    weight = values.astype(ml_dtypes.bfloat16)
+    weight = _weight()
     runs: list[Run] = []
     missing = None
     with open_engine(device, case.format, threads) as engine:
         source = Source.of(_in_host_memory(engine, weight), "BF16")
         runs.append(lambda: engine.quantize(case.format, source, engine.amax(source)))
         try:
-            runs.append(case.peer(torch.from_numpy(values).bfloat16()))
+            runs.append(case.peer(torch.from_numpy(weight.astype(np.float32)).bfloat16()))
         except ImportError as error:
             missing = str(error)
         seconds = _alternate(runs, rounds)
     rates = [weight.nbytes / each / 1e9 for each in seconds]
     return Row(case.name, rates[0], case.peer_name, rates[1] if len(rates) > 1 else None, missing)
+
+
+def bench_search(name: str, fmt: Format, device: str, threads: int, rounds: int) -> Row:
+    """Quantizes the same weight by turns with the search for scales and without."""
+    weight = _weight()
+    with open_engine(device, fmt, threads) as engine:
+        source = Source.of(_in_host_memory(engine, weight), "BF16")
+        found, nearest = _alternate(
+            [
+                lambda: engine.quantize(fmt, source, engine.amax(source), search=True),
+                lambda: engine.quantize(fmt, source, engine.amax(source)),
+            ],
+            rounds,
+        )
+    return Row(f"{name}, search", weight.nbytes / found / 1e9, "nearest", weight.nbytes / nearest / 1e9)
+
+
+def _weight() -> NDArray[Any]:
+    """bfloat16 [4096, 4096]."""
+    values = np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32) * np.float32(0.02)
+    return values.astype(ml_dtypes.bfloat16)
 
 
 def _in_host_memory(engine: Engine, weight: NDArray[Any]) -> NDArray[Any]:
@@ -200,11 +232,13 @@ def main() -> None:
         _run(*arguments.run, arguments.device, arguments.threads)
         return
     rows = [bench_weight(case, arguments.device, arguments.threads, arguments.rounds) for case in CASES]
+    where = (arguments.device, arguments.threads, arguments.rounds)
+    rows += [bench_search(name, fmt, *where) for name, fmt in SEARCHED.items()]
     if arguments.file_rounds:
         with tempfile.TemporaryDirectory() as directory:
             file = make_checkpoint(Path(directory) / "model", arguments.gigabytes)
-            where = (file, arguments.device, arguments.threads, arguments.file_rounds)
-            rows += [bench_file(name, *where) for name in ("nf4", "fp4", "fp8")]
+            how = (file, arguments.device, arguments.threads, arguments.file_rounds)
+            rows += [bench_file(name, *how) for name in ("nf4", "fp4", "fp8")]
     if arguments.json:
         print(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=2))
     else:

@@ -57,9 +57,7 @@ class Format(Protocol):
         """Rows of which a weight may be cut into bands of multiples: the bands' parts then follow each other."""
         ...
 
-    def quantize(
-        self, weight: NDArray[np.float32], amax: np.float32 | None = None, *, search: bool = False
-    ) -> Parts:
+    def quantize(self, weight: NDArray[np.float32], amax: np.float32 | None = None, *, search: bool = False) -> Parts:
         """Quantizes float32 [N, K]; `amax` is the fused group's largest magnitude where `shares_amax`.
 
         With `search` each block takes, of the legal scales that are tried, the first one with the least squared error

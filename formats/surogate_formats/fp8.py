@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.format import Parts, Shape, TensorSpec, check_choice, largest_magnitude
 from surogate_formats.rounding import bfloat16_up, to_e4m3
-from surogate_formats.search import FP8_FIRST, FP8_MULTIPLIERS, FP8_NEAREST, tile_errors
+from surogate_formats.search import FP8_MULTIPLIERS, reciprocal, tile_errors
 from surogate_formats.tables import E4M3_MAX, F32_MIN_NORMAL
 
 F32 = NDArray[np.float32]
@@ -20,7 +20,7 @@ TILE = 128
 """Side of a tile of block scaling (DeepSeek-V3, arXiv:2412.19437, 3.3.2)."""
 
 
-ONE = np.float32(1)
+_ONE = np.float32(1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class FP8:
         values: F32 = parts["codes"].astype(np.float32) * scale
         return values
 
-    def scales(self, amax: F32, multiplier: np.float32 | F32 = ONE) -> F32:
+    def scales(self, amax: F32, multiplier: np.float32 | F32 = _ONE) -> F32:
         """float32 scales, of the shape of `amax`: fl(amax / 448), at least the smallest normal, 1 where amax is 0.
 
         `multiplier` is what amax / 448 is multiplied by before the bounds are kept.
@@ -99,25 +99,18 @@ class FP8:
         return bfloat16_up(scale) if self.scale_dtype == "bfloat16" else scale
 
     def _searched(self, weight: F32, amax: F32) -> F32:
-        best = np.full(amax.shape, FP8_NEAREST)
-        scale = self.scales(amax)
-        error = self._errors(weight, scale)
-        for tried in (FP8_FIRST, (-1, 1)):
-            around = best if tried[0] < 0 else np.zeros_like(best)
-            for step in tried:
-                place = around + step
-                other = self.scales(amax, FP8_MULTIPLIERS[place])
-                missed = self._errors(weight, other)
-                better = missed < error
-                best, scale = np.where(better, place, best), np.where(better, other, scale)
-                error = np.where(better, missed, error)
+        """The scale of each channel or tile, of the shape of `amax`, that leaves the least squared error."""
+        scale, error = self.scales(amax), np.full(amax.shape, np.inf, np.float32)
+        for multiplier in FP8_MULTIPLIERS:
+            tried = self.scales(amax, multiplier)
+            missed = self._errors(weight, tried)
+            scale, error = np.where(missed < error, tried, scale), np.where(missed < error, missed, error)
         return scale
 
     def _errors(self, weight: F32, scale: F32) -> F32:
-        """The squared error of each channel or tile, of the shape of `scale`."""
-        spread = self._spread(scale, weight.shape)
+        spread, inverse = (self._spread(each, weight.shape) for each in (scale, reciprocal(scale)))
         with np.errstate(over="ignore"):
-            values = to_e4m3(weight / spread).astype(np.float32) * spread
+            values = to_e4m3(weight * inverse).astype(np.float32) * spread
         return tile_errors(values, weight, *((TILE, TILE) if self.scaling == "block" else (1, weight.shape[1])))
 
     def _amax(self, weight: F32) -> F32:

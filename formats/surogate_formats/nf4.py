@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from surogate_formats.dynamic_absmax import NESTED_BLOCK, NESTED_STEPS, dynamic_codes, quantize_dynamic, restore_dynamic
+from surogate_formats.double_quant import BLOCKS_PER_GROUP, block_absmax, grain, legal_absmax, quantize_absmax
+from surogate_formats.dynamic_absmax import quantize_dynamic
 from surogate_formats.format import Parts, Shape, TensorSpec, check_choice, largest_magnitude
 from surogate_formats.rounding import pack_nibbles, unpack_nibbles
 from surogate_formats.search import NF4_COARSE, NF4_MULTIPLIERS, best_nf4_multiplier, pairwise_sum, squares
@@ -17,8 +18,7 @@ from surogate_formats.tables import NF4_CODEBOOK, NF4_MIDPOINTS, NF4_ZERO_CODE
 
 F32 = NDArray[np.float32]
 
-BLOCKS_PER_GROUP = NESTED_BLOCK
-"""Consecutive blocks whose absmax share what reverses their double quantization, of either kind."""
+__all__ = ["ABSMAX_FLOOR", "BLOCKS_PER_GROUP", "NF4", "block_absmax", "quantize_absmax"]
 
 ABSMAX_FLOOR = np.float32(1e-38)
 """Below this the reciprocal of an absmax would overflow, and a zero times it would be NaN."""
@@ -95,7 +95,7 @@ class NF4:
             parts = quantize_dynamic(absmax)
         if search:
             parts = self._searched(blocks, absmax, parts)
-        codes = round_blocks(blocks, block_absmax(parts) if search or self.double_quant == "affine" else absmax)
+        codes = _round(blocks, block_absmax(parts) if search or self.double_quant == "affine" else absmax)
         packed = pack_nibbles(codes.reshape(-1)[: weight.size], first_high=True, pad=NF4_ZERO_CODE)
         return {"codes": packed.reshape(self.part_specs(weight.shape)["codes"].shape), **parts}
 
@@ -112,14 +112,14 @@ class NF4:
         Tried are the legal value next to the multiple of absmax that is best by bins, or, where legal values are far
         apart, those next to each multiple.
         """
-        coarse = _grain(parts, absmax.size) * NF4_COARSE > absmax
-        found, error = dict(parts), block_errors(blocks, block_absmax(parts))
+        coarse = grain(parts, absmax.size) * NF4_COARSE > absmax
+        found, error = dict(parts), _errors(blocks, block_absmax(parts))
         with np.errstate(over="ignore"):
             best = best_nf4_multiplier(blocks * _inverse(absmax)[:, None]) * absmax
             tried = [(best, ~coarse), *((multiplier * absmax, coarse) for multiplier in NF4_MULTIPLIERS)]
         for wanted, where in tried:
-            candidate = {**parts, "absmax": _legal(parts, wanted)}
-            missed = block_errors(blocks, block_absmax(candidate))
+            candidate = {**parts, "absmax": legal_absmax(parts, wanted)}
+            missed = _errors(blocks, block_absmax(candidate))
             better = where & (missed < error)
             found["absmax"] = np.where(better, candidate["absmax"], found["absmax"])
             error = np.where(better, missed, error)
@@ -132,77 +132,19 @@ class NF4:
         return padded.reshape(blocks, self.block_size)
 
 
-def round_blocks(blocks: F32, absmax: F32) -> NDArray[np.uint8]:
+def _round(blocks: F32, absmax: F32) -> NDArray[np.uint8]:
     """The codes of float32 [nb, block] under the absmax [nb]; a block whose absmax is not positive gets code 7."""
     with np.errstate(over="ignore"):
-        normalized = blocks * np.where(absmax > 0, _inverse(absmax), np.float32(0))[:, None]
+        normalized = blocks * (_inverse(absmax) * (absmax > 0))[:, None]
     return np.searchsorted(NF4_MIDPOINTS, normalized, side="left").astype(np.uint8)
 
 
-def block_errors(blocks: F32, absmax: F32) -> F32:
+def _errors(blocks: F32, absmax: F32) -> F32:
     """The squared error of each block, float32 [nb], when it is rounded to nearest under the absmax [nb]."""
     with np.errstate(over="ignore", invalid="ignore"):
-        values: F32 = NF4_CODEBOOK[round_blocks(blocks, absmax)] * absmax[:, None]
+        values: F32 = NF4_CODEBOOK[_round(blocks, absmax)] * absmax[:, None]
     return pairwise_sum(squares(values, blocks))
 
 
 def _inverse(absmax: F32) -> F32:
-    inverse: F32 = np.float32(1) / np.maximum(absmax, ABSMAX_FLOOR)
-    return inverse
-
-
-def quantize_absmax(absmax: F32) -> Parts:
-    """Double quantization of float32 [nb]: 8 bits a block around the mid-range of each group of 256.
-
-    The mid-range, not the mean: beside one outlier block the mean pushes the small absmax of its group below zero,
-    which would flip the sign of all their weights.
-    """
-    groups = -(-absmax.size // BLOCKS_PER_GROUP)
-    padded = np.pad(absmax, (0, groups * BLOCKS_PER_GROUP - absmax.size), mode="edge").reshape(groups, BLOCKS_PER_GROUP)
-    low, high = padded.min(axis=1), padded.max(axis=1)
-    offset = low / np.float32(2) + high / np.float32(2)
-    scale = (high - low) / np.float32(254)
-    return {"absmax": _affine_steps(absmax, scale, offset), "absmax_scale": scale, "absmax_offset": offset}
-
-
-def _affine_steps(absmax: F32, scale: F32, offset: F32) -> NDArray[np.uint8]:
-    group = np.arange(absmax.size) // BLOCKS_PER_GROUP
-    divisor, flat = np.where(scale == 0, np.float32(1), scale), scale == 0
-    with np.errstate(over="ignore"):
-        steps = np.clip(np.rint((absmax - offset[group]) / divisor[group]), -127, 127)
-    stored: NDArray[np.uint8] = (np.where(flat[group], np.float32(0), steps) + 128).astype(np.uint8)
-    return stored
-
-
-def _legal(parts: Parts, wanted: F32) -> NDArray[Any]:
-    """What is stored for the legal absmax next to float32 [nb], under the double quantization of the parts."""
-    if "nested_absmax" in parts:
-        return dynamic_codes(wanted, parts["nested_absmax"], parts["nested_offset"][0])
-    if "absmax_scale" in parts:
-        return _affine_steps(wanted, parts["absmax_scale"], parts["absmax_offset"])
-    return wanted
-
-
-def _grain(parts: Parts, blocks: int) -> F32:
-    """How far legal values of absmax may stand apart, float32 [nb]; 0 where all are legal."""
-    group = np.arange(blocks) // BLOCKS_PER_GROUP
-    if "nested_absmax" in parts:
-        apart: F32 = parts["nested_absmax"][group] / np.float32(NESTED_STEPS)
-    elif "absmax_scale" in parts:
-        apart = parts["absmax_scale"][group]
-    else:
-        apart = np.zeros(blocks, np.float32)
-    return apart
-
-
-def block_absmax(parts: Parts) -> F32:
-    """The float32 [nb] absmax that decodes the codes; reverses the double quantization where there is one."""
-    if "nested_absmax" in parts:
-        return restore_dynamic(parts)
-    if "absmax_scale" not in parts:
-        stored: NDArray[Any] = parts["absmax"]
-        return stored
-    steps = parts["absmax"].astype(np.float32) - np.float32(128)
-    group = np.arange(steps.size) // BLOCKS_PER_GROUP
-    restored: F32 = steps * parts["absmax_scale"][group] + parts["absmax_offset"][group]
-    return np.maximum(restored, np.float32(0))
+    return np.reciprocal(np.maximum(absmax, ABSMAX_FLOOR))

@@ -5,11 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from surogate_formats.format import Parts, Shape, TensorSpec, check_choice, largest_magnitude
 from surogate_formats.rounding import from_e2m1_codes, pack_nibbles, to_e2m1_codes, to_e4m3, unpack_nibbles
+from surogate_formats.search import (
+    E4M3_LEAST_NORMAL,
+    NVFP4_CLIPPING,
+    NVFP4_NORMAL,
+    NVFP4_OFFSETS,
+    pairwise_sum,
+    reciprocal,
+    squares,
+)
 from surogate_formats.tables import E2M1_MAX, E4M3_MAX, E4M3_MIN, LARGEST_BLOCK_SCALE
 
 F32 = NDArray[np.float32]
@@ -19,6 +29,9 @@ BLOCK = 16
 
 HOW_CHOSEN = ("two_d", "four_over_six", "metric", "global_scale")
 """Parameters that say how the parts were chosen; the parts mean the same without them, and don't show them."""
+
+LARGEST_CODE = 126
+"""The E4M3 code of 448."""
 
 LARGEST_GLOBAL_SCALE = np.float32(2.0**123)
 
@@ -91,27 +104,22 @@ class NVFP4:
         """The part `global_scale`, float32 [1], of a global scale g."""
         return np.array([g if self.step == "divide" else np.float32(1) / g], dtype=np.float32)
 
-    def quantize(self, weight: F32, amax: np.float32 | None = None) -> Parts:
-        """Quantizes float32 [N, K]; `amax` is the fused group's largest magnitude, by default the weight's own."""
+    def quantize(self, weight: F32, amax: np.float32 | None = None, *, search: bool = False) -> Parts:
+        """Quantizes float32 [N, K]; `amax` is the fused group's largest magnitude, by default the weight's own.
+
+        With `search` the choice of Four-Over-Six is one among more, always by the squared error.
+        """
         largest = largest_magnitude(weight)
         g = self.divisor(largest if amax is None else amax)
         stored_g = self.stored_global_scale(g)
         tiles = self._tiles(weight)
         block_amax: F32 = np.abs(tiles).max(axis=(1, 3), initial=0)
-        sixth = block_amax / E2M1_MAX * g
-        scale = _block_scale(sixth, block_amax)
-        codes, values = _round_tiles(tiles, self._step(scale, stored_g))
-        if self.four_over_six:
-            scale_4 = _block_scale(np.float32(1.5) * sixth, block_amax)
-            codes_4, values_4 = _round_tiles(tiles, self._step(scale_4, stored_g))
-            four = block_error(values_4, tiles, self.metric) < block_error(values, tiles, self.metric)
-            scale = np.where(four, scale_4, scale)
-            codes = np.where(four[:, None, :, None], codes_4, codes)
+        scale = self._scales(tiles, block_amax, g, search)
+        codes, _ = _round_tiles(tiles, self._step(scale, stored_g))
         rows, columns = weight.shape
         stored = np.repeat(to_e4m3(scale), tiles.shape[1], axis=0)[:rows]
-        flat = codes.reshape(-1, columns)[:rows]
         return {
-            "codes": pack_nibbles(flat, first_high=False),
+            "codes": pack_nibbles(codes.reshape(-1, columns)[:rows], first_high=False),
             "scale": stored,
             "global_scale": stored_g,
         }
@@ -121,6 +129,30 @@ class NVFP4:
         values = from_e2m1_codes(unpack_nibbles(parts["codes"], shape[-1], first_high=False))
         step = self._step(parts["scale"].astype(np.float32), parts["global_scale"])
         return (values.reshape(*step.shape, BLOCK) * step[..., None]).reshape(shape)
+
+    def _scales(self, tiles: F32, block_amax: F32, g: np.float32, search: bool) -> F32:
+        """The scale of each tile, float32 [row tiles, blocks]."""
+        sixth = block_amax / E2M1_MAX * g
+        scale = _block_scale(sixth, block_amax)
+        if search:
+            others = _around(scale, NVFP4_CLIPPING if self.two_d else 0)
+        else:
+            others = [_block_scale(np.float32(1.5) * sixth, block_amax)] if self.four_over_six else []
+        error: F32 | None = None
+        for other in others:
+            error = self._error(tiles, scale, g, search) if error is None else error
+            missed = self._error(tiles, other, g, search)
+            scale, error = np.where(missed < error, other, scale), np.where(missed < error, missed, error)
+        return scale
+
+    def _error(self, tiles: F32, scale: F32, g: np.float32, search: bool) -> F32:
+        step = self._step(scale, self.stored_global_scale(g))
+        if not search:
+            return block_error(_round_tiles(tiles, step)[1], tiles, self.metric)
+        with np.errstate(over="ignore"):
+            codes = to_e2m1_codes(tiles * np.where(step == 0, np.float32(0), reciprocal(step))[:, None, :, None])
+        terms = squares(from_e2m1_codes(codes) * step[:, None, :, None], tiles).swapaxes(1, 2)
+        return pairwise_sum(terms.reshape(*terms.shape[:2], tiles.shape[1] * BLOCK))
 
     def _step(self, scale: F32, stored_g: F32) -> F32:
         step: F32 = scale / stored_g if self.step == "divide" else scale * stored_g
@@ -137,6 +169,17 @@ def _block_scale(wanted: F32, block_amax: F32) -> F32:
     scale = to_e4m3(np.minimum(wanted, E4M3_MAX)).astype(np.float32)
     floored: F32 = np.where(block_amax > 0, np.maximum(scale, E4M3_MIN), np.float32(0))
     return floored
+
+
+def _around(scale: F32, first: int) -> list[F32]:
+    """The scales that are tried beside those of rounding to nearest, from an offset on."""
+    codes = to_e4m3(scale).view(np.uint8).astype(np.int64)
+    others = []
+    for k, offset in list(enumerate(NVFP4_OFFSETS))[first:]:
+        here = (codes > 0) & ((k < NVFP4_NORMAL) | (codes < E4M3_LEAST_NORMAL))
+        tried = np.where(here, np.clip(codes + offset, 1, LARGEST_CODE), codes).astype(np.uint8)
+        others.append(tried.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    return others
 
 
 def _round_tiles(tiles: F32, block_step: F32) -> tuple[NDArray[np.uint8], F32]:

@@ -61,6 +61,8 @@ class Engine(Protocol):
         own_amax: np.float32,
         group_amax: np.float32 | None = None,
         absmax_mean: np.float32 | None = None,
+        *,
+        search: bool = False,
     ) -> tuple[Parts, Errors]:
         """Quantizes a finite weight, or a band of its rows (`Format.band_rows`).
 
@@ -70,6 +72,8 @@ class Engine(Protocol):
             own_amax: the weight's largest magnitude.
             group_amax: the largest magnitude of its fused group, where the format shares it.
             absmax_mean: of a band's whole weight, for NF4 with dynamic double quantization (`CpuEngine.block_absmax`).
+            search: take the better of several scales a block (`Format.quantize`). A weight that reaches the last binade
+                of its dtype is rounded to nearest nevertheless: a dequantized value might not be finite there.
 
         Raises:
             OutOfRangeError: a dequantized value would not be finite in the source's dtype.
@@ -123,10 +127,13 @@ class CpuEngine:
         own_amax: np.float32,
         group_amax: np.float32 | None = None,
         absmax_mean: np.float32 | None = None,
+        *,
+        search: bool = False,
     ) -> tuple[Parts, Errors]:
         """See `Engine`."""
         unit = error_unit(own_amax)
-        shared = Shared(own_amax if group_amax is None else group_amax, unit, absmax_mean)
+        search = search and not in_last_binade(source, own_amax)
+        shared = Shared(own_amax if group_amax is None else group_amax, unit, absmax_mean, search)
         parts, stages = cut(fmt, source, shared)
         errors = total_errors([sums for pieces in stages for sums in self._run(pieces)], unit)
         check_range(fmt, parts, source, own_amax)
@@ -161,12 +168,17 @@ def check_range(fmt: Format, parts: Parts, source: Source, amax: np.float32) -> 
 
     Rounding up can pass the dtype's end only from its last binade, so only there the values are looked at.
     """
-    dtype = NUMPY[source.dtype]
-    limit = float(source.magnitudes(np.array([source.infinity - 1], source.raw.dtype))[0])
-    if float(amax) < limit / 2:
+    if not in_last_binade(source, amax):
         return
+    dtype = NUMPY[source.dtype]
     with np.errstate(over="ignore", invalid="ignore"):
         values = fmt.dequantize(parts, source.raw.shape)
         finite = np.isfinite(values.astype(dtype)).all()
     if not finite:
         raise OutOfRangeError(f"its largest magnitude {amax} dequantizes to no finite {source.dtype} value")
+
+
+def in_last_binade(source: Source, amax: np.float32) -> bool:
+    """Whether the largest magnitude of a weight is more than half of what its dtype can hold."""
+    limit = float(source.magnitudes(np.array([source.infinity - 1], source.raw.dtype))[0])
+    return float(amax) >= limit / 2

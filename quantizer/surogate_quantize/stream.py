@@ -200,8 +200,9 @@ def _quantize(
         values = plan.options.format.dequantize(parts, band.shape)
         return parts, measured_errors(values, weight.source.float32, weight.amax)
     shared = (weights.group_amax(tensor), weights.absmax_mean(tensor))
+    search = plan.options.codes == "search"
     with named(source, tensor):
-        return engine.quantize(plan.options.format, weight.source, weight.amax, *shared)
+        return engine.quantize(plan.options.format, weight.source, weight.amax, *shared, search=search)
 
 
 def _write(

@@ -7,6 +7,7 @@ import sys
 import types
 import warnings
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,10 @@ class FakeRuntimeError(RuntimeError):
 
 @dataclass
 class FakeCupy:
-    """What the engine uses of CuPy, with host memory as the device's; of the kernels, only amax does its work."""
+    """What the engine uses of CuPy, with host memory as the device's.
+
+    Of the kernels, only amax does its work, unless `kernels` has others to launch.
+    """
 
     devices: int = 1
     capability: tuple = (9, 0)
@@ -48,6 +52,7 @@ class FakeCupy:
     free: int = 1 << 33
     fails: Exception | None = None
     warns: Warning | None = None
+    kernels: Any = None
 
     def __post_init__(self):
         self.copied, self.compiled, self.launched = [], [], []
@@ -69,7 +74,9 @@ class FakeCupy:
 
             def __call__(self, grid, block, arguments, shared, stream):
                 fake.launched.append(self.name)
-                if self.name.startswith("amax"):
+                if fake.kernels:
+                    fake.kernels.launch(self.name, grid[0], [argument.ptr for argument in arguments])
+                elif self.name.startswith("amax"):
                     raw, count, found = AMAX.unpack(ctypes.string_at(arguments[0].ptr, AMAX.size))
                     words = np.frombuffer(ctypes.string_at(raw, 4 * count), np.uint32)
                     ctypes.memmove(found, np.max(words & 0x7FFFFFFF).tobytes(), 4)

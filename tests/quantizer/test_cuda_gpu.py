@@ -19,6 +19,7 @@ from surogate_formats.fp8 import FP8
 from surogate_formats.nf4 import NF4
 from surogate_formats.nvfp4 import NVFP4
 from surogate_quantize.cuda.engine import CudaEngine
+from surogate_quantize.cuda.formats import QUANTIZERS
 from surogate_quantize.cuda.job import VALUES_PER_TOTAL
 from surogate_quantize.devices import open_engine
 from surogate_quantize.engine import CpuEngine
@@ -49,19 +50,20 @@ def no_fallback(engine, monkeypatch):
     monkeypatch.setattr(engine, "_cpu", None)
 
 
-def run(engine, fmt, weight, factor=None):
+def run(engine, fmt, weight, factor=None, search=False):
     source = Source.of(weight.stored, weight.dtype)
     amax = engine.amax(source)
     assert amax == np.abs(weight.f32).max()
-    return engine.quantize(fmt, source, amax, None if factor is None else F32(amax * F32(factor)))
+    return engine.quantize(fmt, source, amax, None if factor is None else F32(amax * F32(factor)), search=search)
 
 
-def expected_of(cpu, fmt, weight, factor):
+def expected_of(cpu, fmt, weight, factor, search):
     if NUMBA:
-        return run(cpu, fmt, weight, factor)
-    amax = None if factor is None else F32(np.abs(weight.f32).max() * F32(factor))
+        return run(cpu, fmt, weight, factor, search)
+    largest = np.abs(weight.f32).max()
+    amax = None if factor is None else F32(largest * F32(factor))
     with np.errstate(all="ignore"):
-        parts = fmt.quantize(weight.f32, amax)
+        parts = fmt.quantize(weight.f32, amax, search=search and float(largest) < weight.limit / 2)
         values = fmt.dequantize(parts, weight.stored.shape)
         if not np.isfinite(values.astype(NUMPY[weight.dtype])).all():
             raise OutOfRangeError
@@ -87,43 +89,49 @@ def assert_same(found, expected, weight):
             assert abs(total / largest**2 - (exact**2).sum()) <= slack
 
 
-def compare(gpu, cpu, fmt, weight, factor=None):
+def compare(gpu, cpu, fmt, weight, factor=None, search=False):
     try:
-        expected = expected_of(cpu, fmt, weight, factor)
+        expected = expected_of(cpu, fmt, weight, factor, search)
     except OutOfRangeError:
         with pytest.raises(OutOfRangeError, match=f"dequantizes to no finite {weight.dtype} value"):
-            run(gpu, fmt, weight, factor)
+            run(gpu, fmt, weight, factor, search)
         return
-    assert_same(run(gpu, fmt, weight, factor), expected, weight)
+    assert_same(run(gpu, fmt, weight, factor, search), expected, weight)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=name_of)
+KNOWN = [fmt for fmt in FORMATS if QUANTIZERS[fmt.name].knows(fmt)]
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("fmt", KNOWN, ids=name_of)
 @pytest.mark.parametrize("dtype", SOURCE_DTYPES)
-def test_every_kind_of_value_in_every_shape(gpu, cpu, fmt, dtype, monkeypatch):
+def test_every_kind_of_value_in_every_shape(gpu, cpu, fmt, dtype, search, monkeypatch):
     no_fallback(gpu, monkeypatch)
     rng = np.random.default_rng(0)
     for number, kind in enumerate(KINDS):
         for shape in {LARGER[(number + step) % len(LARGER)] for step in range(0, len(LARGER), 5)}:
             stored = cases._finite(kind(rng, fitting(fmt, shape)), dtype)
-            compare(gpu, cpu, fmt, Weight(stored, dtype))
+            compare(gpu, cpu, fmt, Weight(stored, dtype), search=search)
 
 
+@pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.shares_amax], ids=name_of)
 @pytest.mark.parametrize("factor", [1, 1.7, 60])
-def test_the_amax_of_a_fused_group(gpu, cpu, fmt, factor, monkeypatch):
+def test_the_amax_of_a_fused_group(gpu, cpu, fmt, factor, search, monkeypatch):
     no_fallback(gpu, monkeypatch)
     stored = (np.random.default_rng(0).standard_normal((33, 144)) * 0.1).astype(ml_dtypes.bfloat16)
-    compare(gpu, cpu, fmt, Weight(stored, "BF16"), factor)
+    compare(gpu, cpu, fmt, Weight(stored, "BF16"), factor, search)
 
 
+@pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("fmt", ONE_OF_EACH, ids=name_of)
 @pytest.mark.parametrize("dtype", SOURCE_DTYPES)
-def test_one_outlier(gpu, cpu, fmt, dtype, monkeypatch):
+def test_one_outlier(gpu, cpu, fmt, dtype, search, monkeypatch):
     no_fallback(gpu, monkeypatch)
     stored = (np.random.default_rng(1).standard_normal((130, 1008)) * 0.02).astype(NUMPY[dtype])
     stored[77, 501] = -60000
     stored[:, :16] = [0.0, -0.0] * 8
-    compare(gpu, cpu, fmt, Weight(stored, dtype))
+    compare(gpu, cpu, fmt, Weight(stored, dtype), search=search)
 
 
 @pytest.mark.parametrize("dtype", SOURCE_DTYPES)
@@ -138,15 +146,16 @@ def test_every_bit_pattern_of_a_source(gpu, cpu, dtype, monkeypatch):
     compare(gpu, cpu, FP8("channel"), Weight(np.ascontiguousarray(stored[:, None]), dtype))
 
 
+@pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("fmt", ONE_OF_EACH, ids=name_of)
-def test_a_large_weight(gpu, cpu, fmt, monkeypatch):
+def test_a_large_weight(gpu, cpu, fmt, search, monkeypatch):
     """More than 2^20 values, so that sums are made of several; with numba alone, since numpy needs minutes."""
     pytest.importorskip("numba")
     no_fallback(gpu, monkeypatch)
     rng = np.random.default_rng(0)
     stored = (rng.standard_normal((5120, 8000), np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
     assert stored.size > 2 * VALUES_PER_TOTAL
-    compare(gpu, cpu, fmt, Weight(stored, "BF16"))
+    compare(gpu, cpu, fmt, Weight(stored, "BF16"), search=search)
 
 
 @pytest.mark.parametrize("fmt", ONE_OF_EACH, ids=name_of)
@@ -204,6 +213,7 @@ def test_parts_outlive_the_engine():
         assert parts[part].tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("codes", ["nearest", "search"])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize(
     ("name", "parameters"),
@@ -218,12 +228,13 @@ def test_parts_outlive_the_engine():
     ],
     ids=str,
 )
-def test_an_artifact_is_the_same_from_cpu_and_gpu(tmp_path, name, parameters, shards):
+def test_an_artifact_is_the_same_from_cpu_and_gpu(tmp_path, name, parameters, shards, codes):
     pytest.importorskip("numba")
     from surogate_quantize import make_options, quantize
 
     write_checkpoint(tmp_path / "source", llama(), shards=shards)
     for device in ("cpu", "cuda"):
-        summary = quantize(tmp_path / "source", tmp_path / device, make_options(name, parameters), device=device)
+        options = make_options(name, parameters, codes=codes)
+        summary = quantize(tmp_path / "source", tmp_path / device, options, device=device)
         assert summary.device.startswith(device)
     assert contents(tmp_path / "cuda") == contents(tmp_path / "cpu")

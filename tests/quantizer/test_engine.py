@@ -1,5 +1,7 @@
 """The CPU engine byte for byte against the numpy definitions, and its error sums against float64."""
 
+from itertools import product
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -26,9 +28,14 @@ def engine():
         yield opened
 
 
-def run(engine, fmt, weight, group_amax=None):
+def run(engine, fmt, weight, group_amax=None, search=False):
     source = Source.of(weight.stored, weight.dtype)
-    return engine.quantize(fmt, source, engine.amax(source), group_amax)
+    return engine.quantize(fmt, source, engine.amax(source), group_amax, search=search)
+
+
+def searches(weight):
+    """Whether the engine searches: not in the last binade of a dtype."""
+    return float(np.abs(weight.f32).max(initial=0)) < weight.limit / 2
 
 
 def assert_same(parts, expected):
@@ -38,20 +45,21 @@ def assert_same(parts, expected):
         assert parts[part].tobytes() == array.tobytes(), part
 
 
+@pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("fmt", FORMATS, ids=name_of)
 @settings(max_examples=30, deadline=None)
 @given(weight=weights())
-def test_equals_numpy(engine, fmt, weight):
+def test_equals_numpy(engine, fmt, search, weight):
     weight = weight.fit(fmt)
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = fmt.quantize(weight.f32)
+        expected = fmt.quantize(weight.f32, search=search and searches(weight))
         values = fmt.dequantize(expected, weight.stored.shape)
         in_range = np.isfinite(values.astype(NUMPY[weight.dtype])).all()
     if not in_range:
         with pytest.raises(OutOfRangeError, match=f"dequantizes to no finite {weight.dtype} value"):
-            run(engine, fmt, weight)
+            run(engine, fmt, weight, search=search)
         return
-    parts, errors = run(engine, fmt, weight)
+    parts, errors = run(engine, fmt, weight, search=search)
     assert_same(parts, expected)
     assert errors.max_error == np.abs(values - weight.f32).max()
     largest = float(np.abs(weight.f32).max())
@@ -64,27 +72,29 @@ def test_equals_numpy(engine, fmt, weight):
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.shares_amax], ids=name_of)
+@pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("dtype", SOURCE_DTYPES)
-def test_equals_numpy_with_the_amax_of_a_group(engine, fmt, dtype):
+def test_equals_numpy_with_the_amax_of_a_group(engine, fmt, dtype, search):
     stored = (np.random.default_rng(0).standard_normal((33, 144)) * 0.1).astype(NUMPY[dtype])
     weight = Weight(stored, dtype)
     for factor in (1, 1.7, 60):
         amax = F32(np.abs(weight.f32).max() * F32(factor))
-        parts, _ = run(engine, fmt, weight, amax)
-        assert_same(parts, fmt.quantize(weight.f32, amax))
+        parts, _ = run(engine, fmt, weight, amax, search)
+        assert_same(parts, fmt.quantize(weight.f32, amax, search=search))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=name_of)
+@pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("piece", [1024, 8192])
-def test_cuts_leave_no_seam(engine, fmt, piece, monkeypatch):
+def test_cuts_leave_no_seam(engine, fmt, piece, search, monkeypatch):
     weight = Weight(np.random.default_rng(0).standard_normal((300, 272)).astype(ml_dtypes.bfloat16), "BF16")
-    parts, errors = run(engine, fmt, weight)
+    parts, errors = run(engine, fmt, weight, search=search)
     monkeypatch.setattr(pieces, "PIECE", piece)
     monkeypatch.setattr(engine_module, "PIECE", 8192)
-    cut_parts, cut_errors = run(engine, fmt, weight)
+    cut_parts, cut_errors = run(engine, fmt, weight, search=search)
     assert len(next(pieces.cut(fmt, Source.of(weight.stored, "BF16"), pieces.Shared(F32(1), F32(1)))[1])) > 1
     assert_same(cut_parts, parts)
-    assert_same(parts, fmt.quantize(weight.f32))
+    assert_same(parts, fmt.quantize(weight.f32, search=search))
     assert cut_errors == errors
 
 
@@ -93,8 +103,9 @@ def test_the_number_of_threads_changes_nothing(engine, workers, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 4096)
     weight = Weight(np.random.default_rng(1).standard_normal((300, 272)).astype(F32), "F32")
     with CpuEngine(workers) as other:
-        for fmt in FORMATS:
-            (parts, errors), (expected, expected_errors) = run(other, fmt, weight), run(engine, fmt, weight)
+        for fmt, search in product(FORMATS, (False, True)):
+            parts, errors = run(other, fmt, weight, search=search)
+            expected, expected_errors = run(engine, fmt, weight, search=search)
             assert_same(parts, expected)
             assert errors == expected_errors
 
@@ -134,11 +145,12 @@ def test_amax_is_the_largest_magnitude(engine, dtype):
     assert engine.amax(Source.of(np.zeros((3, 4), NUMPY[dtype]), dtype)) == 0
 
 
-@pytest.mark.parametrize("fmt", [NF4(), NVFP4(), FP8(), FP8("block")], ids=name_of)
-def test_an_empty_weight(engine, fmt):
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("fmt", [NF4(), NVFP4(), FP8(), FP8("channel"), FP8("block")], ids=name_of)
+def test_an_empty_weight(engine, fmt, search):
     weight = Weight(np.empty((0, 16), F32), "F32")
-    parts, errors = run(engine, fmt, weight)
-    assert_same(parts, fmt.quantize(weight.f32))
+    parts, errors = run(engine, fmt, weight, search=search)
+    assert_same(parts, fmt.quantize(weight.f32, search=search))
     assert errors.relative == 0
 
 
@@ -150,6 +162,7 @@ def test_a_value_that_overflows_its_dtype_is_refused_and_its_neighbour_is_not(en
         run(engine, fmt, largest)
     run(engine, FP8("tensor", "float32"), largest)
     run(engine, fmt, Weight(np.full((2, 16), 60000, np.float16), "F16"))
+    run(engine, FP8("channel"), Weight(np.full((2, 16), 65504, np.float16), "F16"), search=True)
     run(engine, fmt, Weight(np.full((2, 16), 65504, F32), "F32"))
 
 

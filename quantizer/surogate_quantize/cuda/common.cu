@@ -78,6 +78,27 @@ __device__ __forceinline__ u32 round_e4m3(u32 bits, float& value) {
     return bits_of(total) - bits_of(magic) + (binade >> 20) - ((127u - 6u) << 3);
 }
 
+// The value of an E4M3 code without sign, 0 to 126.
+__device__ __forceinline__ float value_of_e4m3(u32 code) {
+    return code >= E4M3_LEAST_NORMAL ? __uint_as_float((code + ((127u - 7u) << 3)) << 20) : multiply((float)code, E4M3_MIN);
+}
+
+// The sum of what `width` neighbouring lanes bring, for each of them: neighbours are added, then neighbours of those sums.
+__device__ __forceinline__ float pairwise_sum(float mine, u32 width) {
+    for (u32 step = 1; step < width; step *= 2) mine = add(mine, __shfl_xor_sync(ALL, mine, step));
+    return mine;
+}
+
+// The same of a thread's own terms, a power of two of them.
+__device__ __forceinline__ float pairwise_sum(const float (&terms)[1]) { return terms[0]; }
+template <u32 COUNT>
+__device__ __forceinline__ float pairwise_sum(const float (&terms)[COUNT]) {
+    float sums[COUNT / 2];
+#pragma unroll
+    for (u32 i = 0; i < COUNT / 2; ++i) sums[i] = add(terms[2 * i], terms[2 * i + 1]);
+    return pairwise_sum(sums);
+}
+
 // Sums over at most 2^20 values, whose squares in units fit 63 bits: see kernels/errors.py.
 struct Totals {
     u64 error;

@@ -19,7 +19,7 @@ from surogate_quantize.cuda.formats import QUANTIZERS
 from surogate_quantize.cuda.job import Device, Job
 from surogate_quantize.cuda.memory import Memory, Uploads
 from surogate_quantize.cuda.source import AMAX, CHUNK, THREADS
-from surogate_quantize.engine import CpuEngine, check_range, raise_non_finite
+from surogate_quantize.engine import CpuEngine, check_range, in_last_binade, raise_non_finite
 from surogate_quantize.source import Source
 from surogate_quantize.weight_errors import Errors, error_unit, total_errors
 
@@ -102,6 +102,8 @@ class CudaEngine:
         own_amax: np.float32,
         group_amax: np.float32 | None = None,
         absmax_mean: np.float32 | None = None,
+        *,
+        search: bool = False,
     ) -> tuple[Parts, Errors]:
         """See `Engine`."""
         raw = self._uploads.take(source)
@@ -109,13 +111,14 @@ class CudaEngine:
         size = sum(spec.nbytes for spec in fmt.part_specs(source.raw.shape).values())
         size += source.raw.nbytes if raw is None else 0
         if quantizer is None or not quantizer.knows(fmt) or not self._fits(source, size):
-            return self._cpu.quantize(fmt, source, own_amax, group_amax, absmax_mean)
+            return self._cpu.quantize(fmt, source, own_amax, group_amax, absmax_mean, search=search)
         unit = error_unit(own_amax)
         with self._on_device() as device:
             self._load(quantizer.module)
             weight = np.ascontiguousarray(source.raw)
             job = Job(device, fmt, source, device.upload(weight) if raw is None else raw, unit)
-            known = quantizer.run(job, fmt, own_amax if group_amax is None else group_amax)
+            amax = own_amax if group_amax is None else group_amax
+            known = quantizer.run(job, fmt, amax, search and not in_last_binade(source, own_amax))
             parts, errors = job.parts(known), total_errors(job.sums(), unit)
         check_range(fmt, parts, source, own_amax)
         return parts, errors

@@ -2,6 +2,8 @@
 
 constexpr u32 WIDTH = 16;
 
+__constant__ int offsets[] = NVFP4_OFFSETS; // of the codes of scales, as search tries them
+
 struct Nvfp4 {
     i64 rows;
     u32 across;        // blocks of a row
@@ -28,16 +30,19 @@ __device__ __forceinline__ Scale block_scale(float amax, float global_scale, flo
     return {empty ? 0 : code, empty ? 1.0f : divide(value, global_scale)};
 }
 
-// Index and value of the E2M1 magnitude nearest to magnitude / step, ties to even, at most 6. Adding 2^22 rounds to a
+// Index and value of the E2M1 magnitude nearest to y, ties to even, at most 6. Adding 2^22 rounds to a
 // multiple of 0.5, 2^23 to one of 1, 2^24 to one of 2; with 2 and 8 more the index stands in the last three bits.
-__device__ __forceinline__ u32 round_e2m1(float magnitude, float step, float& value) {
-    float y = divide(magnitude, step);
+__device__ __forceinline__ u32 round_magnitude(float y, float& value) {
     y = less(E2M1_MAX, y) ? E2M1_MAX : y;
     float magic = less(y, 2.0f) ? 0x1p22f : 0x1p23f + 2.0f;
     magic = less(y, 4.0f) ? magic : 0x1p24f + 8.0f;
     float total = add(y, magic);
     value = subtract(total, magic);
     return bits_of(total) & 7u;
+}
+
+__device__ __forceinline__ u32 round_e2m1(float magnitude, float step, float& value) {
+    return round_magnitude(divide(magnitude, step), value);
 }
 
 // The error of a tile with this step. The format fixes the order of the sum, row after row: each lane adds its row to what
@@ -64,7 +69,42 @@ __device__ __forceinline__ float error_of(const float (&magnitudes)[WIDTH], floa
     return total;
 }
 
-template <class Source, u32 HEIGHT>
+// The squared error of a tile with this step, by neighbours: a lane's own values first, then rows.
+template <u32 HEIGHT>
+__device__ __forceinline__ float squares_of(const float (&magnitudes)[WIDTH], float step) {
+    float terms[WIDTH], inverse = divide(1.0f, larger(step, LEAST_NORMAL));
+#pragma unroll
+    for (u32 j = 0; j < WIDTH; ++j) {
+        float value;
+        round_magnitude(multiply(magnitudes[j], inverse), value);
+        float missed = subtract(multiply(value, step), magnitudes[j]);
+        terms[j] = multiply(missed, missed);
+    }
+    return pairwise_sum(pairwise_sum(terms), HEIGHT);
+}
+
+__device__ __forceinline__ Scale scale_of(u32 code, const Nvfp4& q) {
+    return {code, code ? divide(value_of_e4m3(code), q.global_scale) : 1.0f};
+}
+
+// The scale with the least squared error among those around that of rounding to nearest.
+template <u32 HEIGHT>
+__device__ __forceinline__ Scale search(const float (&magnitudes)[WIDTH], const Nvfp4& q, u32 nearest) {
+    u32 best = nearest;
+    float error = squares_of<HEIGHT>(magnitudes, scale_of(nearest, q).step);
+#pragma unroll 1
+    for (u32 k = HEIGHT == 1 ? 0 : NVFP4_CLIPPING; k < sizeof(offsets) / sizeof(*offsets); ++k) {
+        bool here = nearest && (k < NVFP4_NORMAL || nearest < E4M3_LEAST_NORMAL);
+        u32 code = here ? (u32)min(max((int)nearest + offsets[k], 1), 126) : best;
+        float missed = squares_of<HEIGHT>(magnitudes, scale_of(code, q).step);
+        bool better = less(missed, error);
+        best = better ? code : best;
+        error = better ? missed : error;
+    }
+    return scale_of(best, q);
+}
+
+template <class Source, u32 HEIGHT, bool SEARCH>
 __device__ __forceinline__ void quantize(const typename Source::Word* raw, const Nvfp4& q, const Ledger& ledger) {
     u64 own = (u64)blockIdx.x * THREADS + threadIdx.x;
     u32 tile = (u32)(own / HEIGHT);
@@ -81,7 +121,9 @@ __device__ __forceinline__ void quantize(const typename Source::Word* raw, const
     }
     float amax = Source::widen(largest_of(peak, HEIGHT));
     Scale scale = block_scale(amax, q.global_scale, 1.0f);
-    if (q.four_over_six) {
+    if (SEARCH) {
+        scale = search<HEIGHT>(magnitudes, q, scale.code);
+    } else if (q.four_over_six) {
         Scale four = block_scale(amax, q.global_scale, 1.5f);
         float error_6 = error_of<HEIGHT>(magnitudes, scale.step, q.metric);
         float error_4 = error_of<HEIGHT>(magnitudes, four.step, q.metric);
@@ -108,11 +150,21 @@ __device__ __forceinline__ void quantize(const typename Source::Word* raw, const
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         nvfp4_1d_##Source(const Source::Word* raw, const __grid_constant__ Nvfp4 q,                                    \
                           const __grid_constant__ Ledger ledger) {                                                     \
-        quantize<Source, 1>(raw, q, ledger);                                                                           \
+        quantize<Source, 1, false>(raw, q, ledger);                                                                    \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         nvfp4_2d_##Source(const Source::Word* raw, const __grid_constant__ Nvfp4 q,                                    \
                           const __grid_constant__ Ledger ledger) {                                                     \
-        quantize<Source, WIDTH>(raw, q, ledger);                                                                       \
+        quantize<Source, WIDTH, false>(raw, q, ledger);                                                                \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        nvfp4_1d_search_##Source(const Source::Word* raw, const __grid_constant__ Nvfp4 q,                             \
+                                 const __grid_constant__ Ledger ledger) {                                              \
+        quantize<Source, 1, true>(raw, q, ledger);                                                                     \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        nvfp4_2d_search_##Source(const Source::Word* raw, const __grid_constant__ Nvfp4 q,                             \
+                                 const __grid_constant__ Ledger ledger) {                                              \
+        quantize<Source, WIDTH, true>(raw, q, ledger);                                                                 \
     }
 FOR_EVERY_SOURCE(NVFP4)

@@ -32,6 +32,12 @@ __device__ __forceinline__ int nearest(float x) {
     return result;
 }
 
+__device__ __forceinline__ int toward_zero(float x) {
+    int result;
+    asm("cvt.rzi.s32.f32 %0, %1;" : "=r"(result) : "f"(x));
+    return result;
+}
+
 __device__ __forceinline__ float from_float16(u16 half) {
     float x;
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));

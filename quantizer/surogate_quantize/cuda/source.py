@@ -9,7 +9,18 @@ from pathlib import Path
 
 from surogate_formats.fp8 import TILE
 from surogate_formats.nf4 import ABSMAX_FLOOR, BLOCKS_PER_GROUP
-from surogate_formats.tables import E2M1_MAX, E4M3_MAX, E4M3_MIN, NF4_CODEBOOK, NF4_MIDPOINTS
+from surogate_formats.search import (
+    CHANNEL_LANES,
+    E4M3_LEAST_NORMAL,
+    FP8_MULTIPLIERS,
+    NF4_BIN_ERRORS,
+    NF4_COARSE,
+    NF4_MULTIPLIERS,
+    NVFP4_CLIPPING,
+    NVFP4_NORMAL,
+    NVFP4_OFFSETS,
+)
+from surogate_formats.tables import E2M1_MAX, E4M3_MAX, E4M3_MIN, F32_MIN_NORMAL, NF4_CODEBOOK, NF4_MIDPOINTS
 
 OPTIONS = ("-fmad=false",)
 """Compiler options: no product is fused with a sum; the numpy definition rounds each on its own."""
@@ -50,7 +61,18 @@ NVFP4 = struct.Struct("=q3If2Q")
 FP8 = struct.Struct("=q6I3Q")
 """`Fp8` of fp8.cu."""
 
-_STRUCTURES = {"TOTALS": TOTALS, "LEDGER": LEDGER, "AMAX": AMAX, "NF4": NF4, "NVFP4": NVFP4, "FP8": FP8}
+FP8_SEARCH = struct.Struct("=2q2I2Q")
+"""`Fp8Search` of fp8.cu."""
+
+_STRUCTURES = {
+    "TOTALS": TOTALS,
+    "LEDGER": LEDGER,
+    "AMAX": AMAX,
+    "NF4": NF4,
+    "NVFP4": NVFP4,
+    "FP8": FP8,
+    "FP8_SEARCH": FP8_SEARCH,
+}
 
 _KERNELS = re.compile(r"^ +(\w+)_##Source\(", re.MULTILINE)
 
@@ -61,6 +83,12 @@ def _float(value: float) -> str:
 
 def _floats(values: Iterable[float]) -> str:
     return "{" + ", ".join(_float(value) for value in values) + "}"
+
+
+def _bin_errors() -> str:
+    """Rows of a bin, fours of multipliers."""
+    fours = [[f"{{{', '.join(map(str, four))}}}" for four in row.reshape(-1, 4)] for row in NF4_BIN_ERRORS]
+    return "{" + ", ".join(f"{{{', '.join(row)}}}" for row in fours) + "}"
 
 
 def _constants() -> dict[str, str]:
@@ -76,6 +104,16 @@ def _constants() -> dict[str, str]:
         "E4M3_MAX": _float(float(E4M3_MAX)),
         "E4M3_MIN": _float(float(E4M3_MIN)),
         "TILE_SIDE": str(TILE),
+        "NF4_MULTIPLIERS": _floats(NF4_MULTIPLIERS),
+        "NF4_COARSE": _float(float(NF4_COARSE)),
+        "NF4_BIN_ERRORS": _bin_errors(),
+        "NVFP4_OFFSETS": "{" + ", ".join(map(str, NVFP4_OFFSETS)) + "}",
+        "NVFP4_NORMAL": str(NVFP4_NORMAL),
+        "NVFP4_CLIPPING": str(NVFP4_CLIPPING),
+        "E4M3_LEAST_NORMAL": f"{E4M3_LEAST_NORMAL}u",
+        "FP8_MULTIPLIERS": str(FP8_MULTIPLIERS.size),
+        "CHANNEL_LANES": str(CHANNEL_LANES),
+        "LEAST_NORMAL": _float(float(F32_MIN_NORMAL)),
         **{f"METRIC_{name.upper()}": str(value) for name, value in METRICS.items()},
         **{f"{name}_BYTES": str(layout.size) for name, layout in _STRUCTURES.items()},
     }

@@ -17,12 +17,17 @@ _MAGIC_LOW, _MAGIC_MIDDLE, _MAGIC_HIGH = np.float32(2.0**22), np.float32(2.0**23
 
 @inner
 def round_e2m1(x: np.float32, step: np.float32) -> tuple[np.uint32, np.float32]:
-    """Index and value of the E2M1 magnitude nearest to |x| / step, ties to even, at most 6.
+    """Index and value of the E2M1 magnitude nearest to |x| / step, ties to even, at most 6."""
+    return round_magnitude(abs(x) / step)
+
+
+@inner
+def round_magnitude(y: np.float32) -> tuple[np.uint32, np.float32]:
+    """Index and value of the E2M1 magnitude nearest to y, ties to even, at most 6.
 
     Adding 2^22 rounds a small float32 to a multiple of 0.5, 2^23 to one of 1, 2^24 to one of 2: E2M1's steps up to 2, 4
     and 6. Adding 2^23 + 2 and 2^24 + 8 besides leaves the index in the last three bits.
     """
-    y = abs(x) / step
     y = E2M1_MAX if y > E2M1_MAX else y
     magic = _MAGIC_MIDDLE if y >= _LOW else _MAGIC_LOW
     magic = _MAGIC_HIGH if y >= _MIDDLE else magic

@@ -8,12 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surogate_formats.dynamic_absmax import DYNAMIC_MAP, DYNAMIC_MIDPOINTS, NESTED_FLOOR
-from surogate_formats.nf4 import BLOCKS_PER_GROUP
+from surogate_formats.nf4 import ABSMAX_FLOOR, BLOCKS_PER_GROUP
 from surogate_quantize.kernels.compiling import inner, kernel
 from surogate_quantize.kernels.source import largest_of_each, magnitudes, widen
 
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
-_STEPS, _LIMIT = np.float32(254), np.float32(127)
+_STEPS, _LIMIT, _MIDDLE = np.float32(254), np.float32(127), np.float32(128)
+
+NONE, AFFINE, DYNAMIC = 0, 1, 2
+DOUBLE_QUANT = {"none": NONE, "affine": AFFINE, "dynamic": DYNAMIC}
+"""The format's double quantization as kernels get it."""
 
 
 @inner
@@ -57,13 +61,28 @@ def quantize_absmax(absmax: NDArray[np.float32], stored: NDArray[np.uint8]) -> t
         low, high = min(low, absmax[b]), max(high, absmax[b])
     offset = low / _TWO + high / _TWO
     scale = (high - low) / _STEPS
+    for b in range(absmax.size):
+        stored[b], absmax[b] = affine_step(absmax[b], scale, offset)
+    return scale, offset
+
+
+@inner
+def affine_step(absmax: np.float32, scale: np.float32, offset: np.float32) -> tuple[np.uint8, np.float32]:
+    """What is stored for the legal value next to `absmax`, and what the reader will restore."""
     divisor = _ONE if scale == _ZERO else scale
     limit = _ZERO if scale == _ZERO else _LIMIT
-    for b in range(absmax.size):
-        step = min(max(np.rint((absmax[b] - offset) / divisor), -limit), limit)
-        stored[b] = np.uint8(np.int32(step) + 128)
-        absmax[b] = max(step * scale + offset, _ZERO)
-    return scale, offset
+    step = min(max(np.rint((absmax - offset) / divisor), -limit), limit)
+    return np.uint8(np.int32(step) + 128), max(step * scale + offset, _ZERO)
+
+
+@inner
+def dynamic_code(absmax: np.float32, nested: np.float32, offset: np.float32) -> tuple[np.uint8, np.float32]:
+    """The code of the legal value next to `absmax`, and what the reader will restore."""
+    value = (absmax - offset) * (_ONE / max(nested, NESTED_FLOOR))
+    code = 0
+    for step in (128, 64, 32, 16, 8, 4, 2, 1):
+        code += step if DYNAMIC_MIDPOINTS[code + step - 1] < value else 0
+    return np.uint8(code), DYNAMIC_MAP[code] * nested + offset
 
 
 @inner
@@ -72,15 +91,40 @@ def nest_absmax(absmax: NDArray[np.float32], offset: np.float32, stored: NDArray
     nested = _ZERO
     for b in range(absmax.size):
         nested = max(nested, abs(absmax[b] - offset))
-    inverse = _ONE / max(nested, NESTED_FLOOR)
     for b in range(absmax.size):
-        value = (absmax[b] - offset) * inverse
-        code = 0
-        for step in (128, 64, 32, 16, 8, 4, 2, 1):
-            code += step if DYNAMIC_MIDPOINTS[code + step - 1] < value else 0
-        stored[b] = np.uint8(code)
-        absmax[b] = DYNAMIC_MAP[code] * nested + offset
+        stored[b], absmax[b] = dynamic_code(absmax[b], nested, offset)
     return nested
+
+
+@inner
+def restore_absmax(
+    stored: NDArray[np.uint8],
+    plain: NDArray[np.float32],
+    first: int,
+    blocks: int,
+    double: int,
+    scale: np.float32,
+    offset: np.float32,
+    absmax: NDArray[np.float32],
+) -> None:
+    """Writes what the reader restores for the `blocks` of a group from `first` on, and zeros after its last block."""
+    for b in range(absmax.size):
+        value = _ZERO
+        if b < blocks and double == AFFINE:
+            value = max((np.float32(stored[first + b]) - _MIDDLE) * scale + offset, _ZERO)
+        elif b < blocks and double == DYNAMIC:
+            value = DYNAMIC_MAP[stored[first + b]] * scale + offset
+        elif b < blocks:
+            value = plain[first + b]
+        absmax[b] = value
+
+
+@inner
+def inverses(absmax: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """What to multiply a block's values by. 0 where absmax is not positive: every value then gets code 7."""
+    for b in range(absmax.size):
+        inverse = _ONE / max(absmax[b], ABSMAX_FLOOR)
+        out[b] = inverse if absmax[b] > _ZERO else _ZERO
 
 
 @kernel

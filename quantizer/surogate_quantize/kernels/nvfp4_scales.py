@@ -11,8 +11,11 @@ from surogate_formats.nvfp4 import BLOCK
 from surogate_formats.tables import E2M1_MAX, E4M3_MIN
 from surogate_quantize.kernels.compiling import inner
 from surogate_quantize.kernels.e2m1 import error_terms
-from surogate_quantize.kernels.e4m3 import round_e4m3
+from surogate_quantize.kernels.e4m3 import round_e4m3, value_of_e4m3
 from surogate_quantize.kernels.source import largest_of_each, magnitudes, widen
+
+STRIP = 1024
+"""Columns that are worked on together."""
 
 MSE, L1, ABSMAX = 0, 1, 2
 METRICS = {"mse": MSE, "l1": L1, "absmax": ABSMAX}
@@ -128,3 +131,27 @@ def choose(
         here, here_4, code, code_4 = step[b], step_4[b], codes[b], codes_4[b]
         step[b] = here_4 if four else here
         codes[b] = code_4 if four else code
+
+
+@inner
+def steps_of(codes: NDArray[np.uint8], g: np.float32, bits: NDArray[np.uint8], step: NDArray[np.float32]) -> None:
+    """The steps of the first blocks, whose E4M3 codes are known, and their codes in `bits`; 0 and 1 for the rest."""
+    for b in range(bits.size):
+        code = np.int32(codes[b]) if b < codes.size else np.int32(0)
+        quotient = value_of_e4m3(code) / g
+        step[b] = _ONE if code == 0 else quotient
+        bits[b] = np.uint8(code)
+
+
+@inner
+def columns_of_strip(columns: int) -> int:
+    """Columns of a strip: about `STRIP`, such that equal strips cover a row with little to spare."""
+    strips = max((columns + STRIP - 1) // STRIP, 1)
+    return max((columns // BLOCK + strips - 1) // strips, 1) * BLOCK
+
+
+@inner
+def store(bits: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """Copies the codes of as many blocks as there are."""
+    for b in range(out.size):
+        out[b] = bits[b]
