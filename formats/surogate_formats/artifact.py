@@ -26,6 +26,10 @@ STAGING = ".surogate-staging"
 """Folder in an output directory where an artifact grows; a finished one has none."""
 
 
+ADAPTER = "adapter-init"
+"""Folder of an artifact with the adapter that was made for it."""
+
+
 class IncompleteArtifactError(ArtifactError):
     """The directory has no manifest: its quantization never finished, or it isn't ours."""
 

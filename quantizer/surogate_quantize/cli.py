@@ -43,7 +43,7 @@ LAYOUTS = ("surogate", "compressed-tensors", "hf-fp8", "modelopt", "bitsandbytes
 """Names of the layouts, written out so that `--help` need not import them."""
 
 CODES = ("nearest", "search", "calibrated")
-"""Those of `surogate_quantize.calibration.options`, for the same reason."""
+"""Those of `surogate_quantize.calibration_options`, for the same reason."""
 
 DEVICES = ("auto", "cpu", "cuda")
 """Those of `surogate_quantize.devices`, for the same reason."""

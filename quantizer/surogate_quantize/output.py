@@ -6,10 +6,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from surogate_formats.artifact import STAGING
+from surogate_formats.artifact import ADAPTER, STAGING
 from surogate_formats.layouts.modelopt import SIDECAR as MODELOPT_FILE
 from surogate_formats.manifest import MANIFEST_NAME
-from surogate_quantize.calibration.options import ADAPTER
 from surogate_quantize.output_errors import (
     OutputExistsError,
     OutputInSourceError,
@@ -56,14 +55,14 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(
             f"`out` {out}: holds no {MANIFEST_NAME}, so `overwrite=True` won't touch it; choose another"
         )
-    strangers = sorted(name for name in names if not _is_ours(name))
+    strangers = sorted(name for name in names if not is_ours(name))
     if strangers:
         raise OutputExistsError(
             f"`out` {out}: holds {', '.join(strangers[:3])}, which is no part of an artifact; move it away first"
         )
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
     """Whether a file of this name is one that a run writes."""
     shard = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
     return shard or name in {*MARKS, MODELOPT_FILE, STAGING, TEMPLATES, ADAPTER} or is_carried(name)

@@ -193,7 +193,8 @@ class _Prepared:
 def _room_beside(job: _Prepared) -> int:
     """Bytes of disk that a run needs beside the tensors that it writes."""
     sidecars = sum((job.opened.checkpoint.directory / name).stat().st_size for name in job.sidecars)
-    return sidecars + ROOM_EACH * len(job.plan.tensors) + job.opened.room
+    calibrating = job.calibration.room + job.opened.whole_room if job.calibration else job.opened.room
+    return sidecars + ROOM_EACH * len(job.plan.tensors) + calibrating
 
 
 def prepared(team: Team, prepare: Callable[[], _Prepared]) -> _Prepared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +13,7 @@ from surogate_formats.artifact import STAGING
 from surogate_formats.checkpoint.errors import UnreadableFileError
 from surogate_formats.errors import CheckpointError, NonFiniteWeightError, OutOfRangeError, SurogateError
 from surogate_quantize.interruption import name_leftover, undisturbed
-from surogate_quantize.output import MARKS, PUBLISHING, remove
+from surogate_quantize.output import MARKS, PUBLISHING, is_ours, remove
 from surogate_quantize.output_errors import (
     DiskFullError,
     OtherRunError,
@@ -52,7 +52,10 @@ class Staging:
     @property
     def finished(self) -> str | None:
         """Says what is finished; None if nothing is."""
-        done, blocks = sum(1 for _ in self.records.glob("*.json")), sum(1 for _ in self.calibration.glob("block-*"))
+        done, blocks = (
+            sum(1 for _ in self.records.glob("*.json")),
+            sum(1 for _ in self.calibration.glob("block-*.safetensors")),
+        )
         what = f"{done} of {self._shards} shards are" if done else f"{blocks} blocks are calibrated and"
         return f"{what} finished, and the same command goes on from there" if done or blocks else None
 
@@ -85,6 +88,8 @@ class Staging:
             if self.check(identity, overwrite=overwrite) is None:
                 self._take_back()
                 return
+            if (self.path / PUBLISHING).exists():
+                self._take_back()
             # The folder itself stays: without it, what a half-published run has left in `out` would be nobody's.
             remove(self.path.iterdir())
         for folder in (self.path, self.files, self.records):
@@ -108,7 +113,7 @@ class Staging:
         sync_directory(self.path)
         fresh = {entry.name for entry in self.files.iterdir()}
         self._unmark()
-        remove(entry for entry in self.out.iterdir() if entry.name != STAGING and entry.name not in fresh)
+        self._remove_old(fresh)
         for name in sorted(fresh - set(MARKS)):
             target = self.out / name
             if target.is_dir() and not target.is_symlink():
@@ -146,11 +151,16 @@ class Staging:
                     (self.out / name).replace(self.files / name)
             for folder in (self.files, self.out):
                 sync_directory(folder)
-            remove(entry for entry in self.out.iterdir() if entry.name != STAGING)
+            self._remove_old(set())
             sync_directory(self.out)
             (self.path / PUBLISHING).unlink()
             sync_directory(self.path)
         self.clean()
+
+    def _remove_old(self, fresh: Collection[str]) -> None:
+        """Removes what an old artifact has left; a file of somebody's that came meanwhile stays."""
+        old = (entry for entry in self.out.iterdir() if entry.name != STAGING and is_ours(entry.name))
+        remove(entry for entry in old if entry.name not in fresh)
 
     def _unmark(self) -> None:
         for name in reversed(MARKS):
@@ -212,6 +222,10 @@ def _cleaned(staging: Staging) -> Iterator[None]:
     """Takes away what a block that fails must not leave."""
     out = staging.out
     fresh = not {entry.name for entry in out.iterdir()} - {STAGING}
+
+    def made() -> Iterator[Path]:
+        return (entry for entry in out.iterdir() if is_ours(entry.name)) if fresh else iter([staging.path])
+
     try:
         yield
     except OtherRunError:
@@ -221,7 +235,7 @@ def _cleaned(staging: Staging) -> Iterator[None]:
             wrong = isinstance(error, _WRONG_INPUT) and not isinstance(error, UnreadableFileError)
             kept = None if wrong else staging.finished
             with suppress(OSError):
-                staging.clean() if kept else remove(out.iterdir() if fresh else [staging.path])
+                staging.clean() if kept else remove(made())
         if kept:
             _say(error, kept)
         if staging.path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,7 @@ class WeightReader:
         self._amax: dict[str, np.float32] = dict(known)
         self._absmax_mean: dict[str, np.float32] = {}
         self._free: list[NDArray[np.uint8]] = []
+        self._freeing = Lock()  # one thread reads ahead, another gives memory back
 
     def load(self, band: Band) -> Weight:
         """The band's values; the largest magnitudes of the weight's fused group are known from then on."""
@@ -134,15 +136,17 @@ class WeightReader:
 
         The allocator would give it to the system, and get it back for the next weight page by page.
         """
-        self._free.append(weight.buffer)
-        while sum(buffer.nbytes for buffer in self._free) > self._limit:
-            del self._free[min(range(len(self._free)), key=lambda index: self._free[index].nbytes)]
+        with self._freeing:
+            self._free.append(weight.buffer)
+            while sum(buffer.nbytes for buffer in self._free) > self._limit:
+                del self._free[min(range(len(self._free)), key=lambda index: self._free[index].nbytes)]
 
     def _take(self, size: int) -> NDArray[np.uint8]:
-        fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= size]
-        if not fitting:
-            return self._engine.host_memory(size)
-        return self._free.pop(min(fitting, key=lambda index: self._free[index].nbytes))
+        with self._freeing:
+            fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= size]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda index: self._free[index].nbytes))
+        return self._engine.host_memory(size)
 
 
 def _non_finite(tensor: PlannedTensor, values: NDArray[np.generic], offset: int) -> NonFiniteWeightError:

@@ -38,6 +38,7 @@ class BlockRunner:
         count: number of blocks.
         longest: tokens of a row that the model takes.
         vocabulary: number of tokens that it knows.
+        width: of its hidden states.
         prefix: of the blocks' names in the checkpoint, such as `model.layers`.
 
     Raises:
@@ -51,6 +52,7 @@ class BlockRunner:
         self.name = type(self._model).__name__
         self.prefix, self._blocks = self._find_blocks()
         self.count = len(self._blocks)
+        self.width: int = self._model.get_input_embeddings().weight.shape[1]
         self.vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
         self.longest: int = getattr(self._model.config.get_text_config(), "max_position_embeddings", 1 << 30)
         self._empty = list(self._blocks)
@@ -66,7 +68,7 @@ class BlockRunner:
         What the blocks are called with for rows of this shape is known from then on.
         """
         recorders = [_Recorder() for _ in range(self.count)]
-        with self._in_place(recorders), torch.no_grad():
+        with self._in_place(recorders), torch.no_grad(), self._running():
             self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
         if not all(recorder.called for recorder in recorders):
             raise NoBlocksError(f"{self.name}: not every block is called once, in order; it can't be calibrated")
@@ -101,7 +103,7 @@ class BlockRunner:
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """The hidden states after a block, in the shape of those before it."""
-        with torch.no_grad():
+        with torch.no_grad(), self._running():
             found = block(hidden.to(self.device), **self._calls[index])
         result: Tensor = found[0] if isinstance(found, tuple) else found
         return result
@@ -112,6 +114,16 @@ class BlockRunner:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
             found: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return found
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Names the model in what its own code raises where it isn't made to be run so."""
+        try:
+            yield
+        except (TypeError, IndexError, AttributeError, KeyError, ValueError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise NoBlocksError(f"{self.name}: can't be run block by block ({one_line(error)})") from error
 
     @contextmanager
     def _in_place(self, modules: list[Any]) -> Iterator[None]:

@@ -12,13 +12,13 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surogate_formats.artifact import ADAPTER
 from surogate_formats.checkpoint.index import INDEX, find_shards
 from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.hub_text import hub_errors, not_cached
 from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
 from surogate_load.errors import NotPackedError
-from surogate_load.saved_adapter import ADAPTER_INIT
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -145,7 +145,7 @@ def _snapshot(api: HfApi, name: str, revision: str | None, files: Collection[str
 def _goes_along(name: str) -> bool:
     if name.startswith(_TEMPLATES):
         return name.endswith(".jinja")
-    if name.startswith(f"{ADAPTER_INIT}/"):
+    if name.startswith(f"{ADAPTER}/"):
         return name.endswith((".json", ".safetensors"))
     return "/" not in name and name.endswith(_BESIDE)
 

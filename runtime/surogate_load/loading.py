@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from surogate_formats.artifact import Artifact
+from surogate_formats.artifact import ADAPTER, Artifact
 from surogate_formats.artifact_values import check_scales
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import RECIPES, Recipe, check_compatible
@@ -21,7 +21,7 @@ from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, n
 from surogate_load.local import open_local, say_unused
 from surogate_load.model_recipe import set_recipe
 from surogate_load.recipes.device import check_device
-from surogate_load.saved_adapter import ADAPTER_INIT, check_saved, with_adapter
+from surogate_load.saved_adapter import check_saved, with_adapter
 from surogate_load.step.regional import compile_layers
 
 
@@ -99,7 +99,7 @@ def load_model(
         )
     with open_local(artifact, revision, token) as opened:
         if adapter is not None:
-            check_saved(opened.path / ADAPTER_INIT)
+            check_saved(opened.path / ADAPTER)
         check_scales(opened)
         say_unused(opened)
         given = sort_keywords(keywords, opened.config.keys())
@@ -115,7 +115,7 @@ def load_model(
             set_recipe(model, chosen, emulate=emulate)
     if compile is not None:
         compile_layers(model, activation_memory)
-    return model if adapter is None else with_adapter(model, opened.path / ADAPTER_INIT, trainable=True)
+    return model if adapter is None else with_adapter(model, opened.path / ADAPTER, trainable=True)
 
 
 def choose_recipe(recorded: Recipe, name: str | None, switches: dict[str, Any]) -> Recipe:

@@ -10,9 +10,6 @@ from surogate_load.errors import UnreadableAdapterError
 
 _LOG = logging.getLogger("surogate_load")
 
-ADAPTER_INIT = "adapter-init"
-"""Folder of an artifact with the adapter that the quantizer made for it."""
-
 _SAID = 240
 """Characters of what PEFT says that reach the error's line: its first line is a heading."""
 

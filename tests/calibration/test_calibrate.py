@@ -6,16 +6,20 @@ import shutil
 import pytest
 import torch
 from quantizer.checkpoints import contents
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from make_tiny import make_tiny
-from surogate_formats.artifact import Artifact
+from surogate_formats.artifact import STAGING, Artifact
 from surogate_load import load_model
 from surogate_load.block_runner import NoBlocksError
 from surogate_load.verification import verify_against
 from surogate_quantize import make_options, quantize
-from surogate_quantize.calibration.options import CalibrationOptionsError
+from surogate_quantize.bands import MemoryBudgetError
+from surogate_quantize.calibration import store
 from surogate_quantize.calibration.text import CalibrationTextError
+from surogate_quantize.calibration_options import CalibrationOptionsError
+from surogate_quantize.output_errors import DiskFullError
 
 ROWS = torch.randint(3, 90, (24, 600), generator=torch.Generator().manual_seed(0))
 
@@ -107,6 +111,43 @@ def test_a_pass_that_is_interrupted_goes_on(source, text, tmp_path, moment):
     assert one == other
 
 
+@pytest.mark.parametrize("damage", ["block", "border", "ids"])
+def test_what_was_damaged_meanwhile_is_made_again(source, text, tmp_path, damage):
+    options = make_options("nf4", {}, codes="calibrated", calibration_text=str(text), calibration_tokens=1024)
+    quantize(source, tmp_path / "undisturbed", options)
+
+    def stop(said):
+        if said == "calibrating block 2 of 2":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize(source, tmp_path / "out", options, told=stop)
+    folder = tmp_path / "out" / STAGING / "calibration"
+    names = {"block": "block-00000.safetensors", "border": "1.quantized", "ids": "ids.safetensors"}
+    path = folder / names[damage]
+    data = path.read_bytes()
+    path.write_bytes(data[:-100] + bytes(100) if damage == "block" else data[:100])
+    quantize(source, tmp_path / "out", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_a_disk_that_is_full_is_said(source, text, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(DiskFullError, match="the disk is full"):
+        calibrated(source, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_a_block_does_not_fit_is_refused(source, text, tmp_path):
+    settings = {"codes": "calibrated", "calibration_text": str(text)}
+    with pytest.raises(MemoryBudgetError, match=r"`max_memory` 400 MiB: calibrating LlamaForCausalLM takes about"):
+        quantize(source, tmp_path / "out", make_options("nf4", {}, **settings), max_memory="400MiB")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("codes", ["nearest", "calibrated"])
 def test_an_adapter_starts_from_what_is_left(source, text, tmp_path, codes):
     out = tmp_path / "out"
@@ -128,6 +169,7 @@ def test_what_the_text_may_not_be(source, tmp_path):
     cases = {
         "a.txt": ("hello", "has no tokenizer; give a .jsonl file with `input_ids`"),
         "short.jsonl": ('{"input_ids": [1, 2, 3]}', "has 3 tokens, and a row takes"),
+        "one.jsonl": (json.dumps({"input_ids": [5] * 300}), "has one row of 256 tokens"),
         "wrong.jsonl": ('{"ids": [1]}', "line 1: is no object with `text` or `input_ids`"),
         "negative.jsonl": ('{"input_ids": [-1]}', "line 1: is no object"),
         "broken.jsonl": ("{", "can't be read"),

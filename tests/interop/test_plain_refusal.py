@@ -20,7 +20,7 @@ def test_it_fails_and_names_what_it_does_not_know(tiny, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path / "packed")],
-        env=environment | {"HF_HUB_OFFLINE": "1"},
+        env=environment | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

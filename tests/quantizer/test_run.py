@@ -194,6 +194,8 @@ def test_the_manifest_records_what_decides_the_bytes(source, tmp_path):
         "skip": ["layers.1.mlp"],
         "max_shard_size": 5_000_000_000,
         "quantize_lm_head": False,
+        "codes": "nearest",
+        "adapter_init": None,
     }
     kept = manifest["tensors"]["model.layers.1.mlp.up_proj.weight"]
     assert kept["reason"] == "matches --skip layers.1.mlp"

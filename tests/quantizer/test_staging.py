@@ -87,16 +87,30 @@ def test_a_staging_folder_that_a_run_writes_into_is_no_leftover(tmp_path, overwr
         check_output(out, tmp_path / "source", overwrite=overwrite)
 
 
-def test_overwriting_replaces_everything_and_leaves_no_old_file(tmp_path):
+def test_overwriting_replaces_the_artifact_whole_and_nothing_else(tmp_path):
+    """A file of somebody's that came while the run was going on stays."""
     out = tmp_path / "out"
     write(out, NEW | {"model-00001-of-00002.safetensors": b"old"})
-    (out / "old").mkdir()
-    (out / "old" / "deep").write_text("x")
+    (out / "adapter-init").mkdir()
+    (out / "adapter-init" / "adapter_config.json").write_text("x")
+    (out / "thesis.tex").write_text("mine")
     (out / "tokenizer.json").unlink()
     (out / "tokenizer.json").mkdir()
     write(out, NEW | {"config.json": b"[]"})
-    assert files(out) == NEW | {"config.json": b"[]"}
-    assert not (out / "old").exists()
+    assert files(out) == NEW | {"config.json": b"[]", "thesis.tex": b"mine"}
+    assert not (out / "adapter-init").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failure_leaves_what_somebody_put_there_meanwhile(tmp_path, there):
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    with pytest.raises(KeyboardInterrupt), enter(out) as staging:
+        (staging.files / "model.safetensors").write_bytes(b"half")
+        (out / "thesis.tex").write_text("mine")
+        raise KeyboardInterrupt
+    assert files(out) == {"thesis.tex": b"mine"}
 
 
 def test_a_failure_before_the_end_leaves_the_old_artifact_as_it_was(tmp_path):

@@ -1,4 +1,4 @@
 """Calibrated codes: the same bytes and layout, and codes that keep the model's output on text.
 
-Needs torch and transformers (extra `calibrate`); nothing else of the quantizer imports this package.
+Needs torch, transformers and accelerate (extra `train`), and is imported where a run calibrates alone.
 """

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from surogate_quantize.calibration.saving import save
 from surogate_quantize.syncing import sync_file, write_synced
 
 ALPHA = 2
@@ -66,7 +67,8 @@ def write_adapter(folder: Path, update: Mapping[str, Factors], rank: int, alpha:
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, lacking))
         tensors[f"base_model.model.{module}.lora_B.weight"] = torch.nn.functional.pad(b * (rank / alpha), (0, lacking))
     path = folder / "adapter_model.safetensors"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save(save_file, stored, path, {"format": "pt"})
     sync_file(path)
     config = {
         "peft_type": "LORA",

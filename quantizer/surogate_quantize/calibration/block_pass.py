@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surogate_formats.format import Parts
-from surogate_load.block_runner import BlockRunner
+from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_quantize.bands import Band
 from surogate_quantize.calibration.activations import Activations
 from surogate_quantize.calibration.adapter import Factors, factors
@@ -99,6 +99,8 @@ class BlockPass:
                 self._solve_stage(stage, followers, original, found)
                 original.close()
                 original.path.unlink()
+            if missed := next((name for name in names if name not in found.parts), None):
+                raise NoBlocksError(f"{self._runner.name}: {missed} isn't used by its block; leave it out with `skip`")
             for name, follower in followers.items():
                 follower.advance(after[name])
         return found

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from surogate_formats.artifact import ADAPTER
 from surogate_formats.checkpoint import Checkpoint
+from surogate_load.architecture import need_transformers
 from surogate_load.block_runner import BlockRunner, NoBlocksError
+from surogate_quantize.bands import MIB, MemoryBudgetError
 from surogate_quantize.calibration.adapter import ALPHA, write_adapter
 from surogate_quantize.calibration.block_pass import BlockPass
-from surogate_quantize.calibration.options import ADAPTER, ROW, CalibrationOptions
+from surogate_quantize.calibration.saving import save
 from surogate_quantize.calibration.store import SolvedBlocks
 from surogate_quantize.calibration.streams import Streams
 from surogate_quantize.calibration.text import (
@@ -26,6 +31,7 @@ from surogate_quantize.calibration.text import (
     rows_of_file,
     written_rows,
 )
+from surogate_quantize.calibration_options import ROW, CalibrationOptions
 from surogate_quantize.engine import Engine
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.syncing import replace_synced, sync_directory, sync_file
@@ -39,6 +45,12 @@ HELD_OUT = 4
 
 WRITING = 4 * 1.5
 """Bytes for each value of a model that writes: float32, and what it remembers of the rows."""
+
+BASE_CALIBRATED = 512 << 20
+"""Bytes that the interpreter with torch and transformers takes, about."""
+
+BLOCKS, MATRICES = 3, 7
+"""Blocks in float32, and matrices [K, K] in float64, that are in memory at a time, about."""
 
 Told = Callable[[str], None]
 
@@ -74,11 +86,40 @@ class Calibration:
             )
         for module, tensor in self._tensors.items():
             self._check(module, tensor)
+        if device == "cpu":
+            self._check_memory(max_memory)
         self._tokenizer = load_tokenizer(source.directory)
         self._length = min(ROW, self._runner.longest)
         if options.text is None:
             self._check_writer(max_memory)
         self._given = self._rows_of_file() if options.text is not None else None
+
+    def _check_memory(self, max_memory: int) -> None:
+        """Raises `MemoryBudgetError` unless a block, its solver's matrices, and what is no block fit."""
+        prefix = f"{self._runner.prefix}."
+        sizes: Counter[str] = Counter()
+        for name, entry in self._source.tensors.items():
+            block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+            sizes[block] += 4 * math.prod(entry.info.shape)
+        widest = max(tensor.info.shape[1] for tensor in self._tensors.values())
+        blocks = max(size for block, size in sizes.items() if block)
+        needed = BASE_CALIBRATED + sizes[""] + BLOCKS * blocks + MATRICES * 8 * widest**2
+        if needed > max_memory:
+            raise MemoryBudgetError(
+                f"`max_memory` {max_memory // MIB} MiB: calibrating {self._runner.name} takes about {needed // MIB} MiB "
+                "(a block in float32, its solver's matrices, embeddings)"
+            )
+
+    @property
+    def room(self) -> int:
+        """Bytes of disk that the pass takes beside the artifact: hidden states, inputs of a block, solved weights."""
+        tokens = self._length * (self._rows() + HELD_OUT)
+        hidden = self._runner.width
+        streams = 2 * 4 * tokens * hidden * (2 + (self._plan.options.adapter_init is not None))
+        block = next(iter(self._tensors)).removeprefix(f"{self._runner.prefix}.").partition(".")[0]
+        here = [t for name, t in self._tensors.items() if name.startswith(f"{self._runner.prefix}.{block}.")]
+        inputs = 4 * tokens * sum(tensor.info.shape[1] for tensor in here)
+        return streams + inputs + sum(tensor.stored_bytes for tensor in self._tensors.values())
 
     def _check_writer(self, max_memory: int) -> None:
         """Raises `CalibrationTextError` unless the model can write its text."""
@@ -104,9 +145,11 @@ class Calibration:
         text = self._options.text
         return {
             "calibration_text": "written by the model" if text is None else f"sha256 {file_sha256(Path(text))}",
-            "calibration_tokens": self._length * (self._rows() if self._given is None else len(self._given)),
+            "calibration_tokens": self._length * (self._rows() + HELD_OUT if self._given is None else len(self._given)),
             "calibration_seed": self._options.seed,
-            "calibration_device": self._device,
+            "calibration_device": self._device if self._device == "cpu" else torch.cuda.get_device_name(),
+            "calibration_torch": torch.__version__,
+            "calibration_transformers": need_transformers().__version__,
             "calibration_threads": self._threads if self._device == "cpu" else None,
         }
 
@@ -132,6 +175,11 @@ class Calibration:
                 return Streams(folder, index, block_pass.streams, tuple(first.shape), len(batches))
 
             before = border(done)
+            if done and done < self._runner.count and not before.whole:
+                done, before = 0, border(0)
+            wanted = self._rows() + HELD_OUT
+            if self._given is not None and len(self._given) < wanted:
+                told(f"the text has {len(self._given)} rows of {self._length} tokens; {wanted} were asked for")
             for position in range(len(batches) if done == 0 else 0):
                 before.start(position, self._runner.embed(batches[position]))
             for index in range(done, self._runner.count):
@@ -166,17 +214,23 @@ class Calibration:
     def _ids(self, folder: Path, told: Told) -> Tensor:
         """int64 [rows, tokens]: those of an interrupted run, or new ones."""
         path = folder / "ids.safetensors"
-        if not path.exists():
-            part = path.with_suffix(".part")
-            save_file({"ids": self._new_ids(told)}, part)
-            sync_file(part)
-            replace_synced(part, path)
-        found: Tensor = load_file(path)["ids"]
-        return found
+        with suppress(OSError, SafetensorError, KeyError):
+            found: Tensor = load_file(path)["ids"]
+            return found
+        new, part = self._new_ids(told), path.with_suffix(".part")
+        save(save_file, {"ids": new}, part, {})
+        sync_file(part)
+        replace_synced(part, path)
+        return new
 
     def _rows_of_file(self) -> Tensor:
         rows = self._rows() + HELD_OUT
         found = rows_of_file(Path(str(self._options.text)), self._tokenizer, rows, self._length)
+        if len(found) < 2:
+            raise CalibrationTextError(
+                f"`calibration_text` {self._options.text}: has one row of {self._length} tokens, and one more is held "
+                "out; give more text"
+            )
         if (largest := int(found.max())) >= self._runner.vocabulary:
             raise CalibrationTextError(
                 f"`calibration_text` {self._options.text}: token {largest} is none of the model's "
@@ -196,8 +250,9 @@ class Calibration:
         return torch.cat(found)
 
     def _batches(self, ids: Tensor) -> Tensor:
-        """int64 [batches, rows, tokens], so many rows at a time that none is left over."""
-        at_once = max(count for count in range(1, ROWS_AT_ONCE + 1) if len(ids) % count == 0)
+        """int64 [batches, rows, tokens], two batches or more, and so many rows in each that none is left over."""
+        divisors = range(1, ROWS_AT_ONCE + 1)
+        at_once = max(count for count in divisors if len(ids) % count == 0 and len(ids) // count > 1)
         return ids.reshape(-1, at_once, ids.shape[1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from surogate_formats.checkpoint import Checkpoint
-from surogate_quantize.calibration.options import CalibrationOptionsError
+from surogate_quantize.calibration_options import CalibrationOptionsError
 from surogate_quantize.engine import Engine
 from surogate_quantize.plan import Plan
 
@@ -28,6 +28,7 @@ def prepare_calibration(
     if ranks > 1:
         raise CalibrationOptionsError(f"`{what}` runs in one process; start it without torchrun")
     try:
+        import accelerate  # noqa: F401
         import torch
 
         from surogate_quantize.calibration.calibrate import Calibration

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ from surogate_formats.format import Format, Parts, TensorSpec
 from surogate_quantize.bands import Band
 from surogate_quantize.calibration.adapter import Factors
 from surogate_quantize.calibration.block_pass import SolvedBlock
+from surogate_quantize.calibration.saving import save
 from surogate_quantize.syncing import replace_synced, sync_file
 
-_SEPARATOR, _ERRORS = "|", "errors"
+_SEPARATOR, _ERRORS, _DIGEST = "|", "errors", "sha256"
 
 
 class SolvedBlocks:
@@ -49,22 +52,26 @@ class SolvedBlocks:
         }
         for module, (a, b) in solved.updates.items():
             tensors |= {f"{module}{_SEPARATOR}lora_A": a.cpu().numpy(), f"{module}{_SEPARATOR}lora_B": b.cpu().numpy()}
-        save_file(tensors, part, {_ERRORS: json.dumps(solved.errors)})
+        told = {_ERRORS: json.dumps(solved.errors, allow_nan=False), _DIGEST: _digest(tensors)}
+        save(save_file, tensors, part, told)
         sync_file(part)
         replace_synced(part, path)
         self._take(index)
 
     def has(self, index: int) -> bool:
-        """Whether a block's file is there and whole."""
+        """Whether a block's file is there, with the bytes that were written."""
         try:
             self._take(index)
-        except (OSError, SafetensorError, ValueError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return False
         return True
 
     def _take(self, index: int) -> None:
         with safe_open(self._path(index), "np") as file:
-            for module, (before, after) in json.loads((file.metadata() or {})[_ERRORS]).items():
+            told = file.metadata() or {}
+            if told[_DIGEST] != _digest({name: file.get_tensor(name) for name in file.keys()}):  # noqa: SIM118
+                raise ValueError("damaged")
+            for module, (before, after) in json.loads(told[_ERRORS]).items():
                 self._blocks[module] = index
                 self.errors[module] = (before, after)
 
@@ -96,3 +103,11 @@ class SolvedBlocks:
 
 def _shaped(data: NDArray[np.uint8], spec: TensorSpec) -> NDArray[np.generic]:
     return np.ascontiguousarray(data).view(NUMPY[spec.dtype]).reshape(spec.shape)
+
+
+def _digest(tensors: Mapping[str, NDArray[np.generic]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from surogate_formats.errors import SurogateError
+from surogate_load.block_runner import NoBlocksError
 from surogate_quantize.calibration.activations import Activations
 from surogate_quantize.calibration.observing import Linears, input_of, inputs_of
 from surogate_quantize.calibration.solver import Statistics, statistics
@@ -17,6 +20,10 @@ ORIGINAL, QUANTIZED, ADAPTED = "original", "quantized", "adapted"
 
 Run = Callable[[Tensor], Tensor]
 """Runs a block on hidden states."""
+
+
+class NotFiniteError(SurogateError):
+    """The model's own activations hold a NaN or an infinity in float32."""
 
 
 class Streams:
@@ -38,6 +45,11 @@ class Streams:
     def __getitem__(self, name: str) -> Activations:
         """A stream by its name."""
         return self._files[name]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all files have their size."""
+        return all(file.whole for file in self._files.values())
 
     def start(self, position: int, hidden: Tensor) -> None:
         """Writes a batch that all streams have in common."""
@@ -95,7 +107,8 @@ class Follower:
             new = [(x.T @ x).double(), ((wanted - x).T @ x).double()]
             sums = [total + more for total, more in zip(sums, new, strict=True)] if sums else new
             tokens += len(x)
-        assert last is not None
+        if last is None or not all(torch.isfinite(total).all() for total in sums):
+            raise NotFiniteError(f"{leader}: its inputs on the calibration text are not finite; use `codes='search'`")
         return Inputs(statistics(sums[0] / tokens, sums[1] / tokens), *last)
 
 
@@ -136,8 +149,11 @@ def observed(
     kept: dict[str, Activations] = {}
     with inputs_of(linears, leaders) as latest:
         for position, hidden in enumerate(before):
+            latest.clear()
             after.write(position, run(hidden))
             for leader in leaders:
+                if leader not in latest:
+                    raise NoBlocksError(f"{leader}: isn't used for every text; leave it out with `skip`")
                 if leader not in kept:
                     path = folder / f"{leader}.inputs"
                     kept[leader] = Activations(path, tuple(latest[leader].shape), before.count)

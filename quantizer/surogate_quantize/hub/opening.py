@@ -34,7 +34,8 @@ class OpenedSource:
         checkpoint: its tensors.
         name: what the manifest calls it.
         revision: its commit, where it is known.
-        room: bytes of disk that it needs beside the artifact.
+        room: bytes of disk that it needs beside the artifact where each shard goes when it is done.
+        whole_room: the same where all are kept to the end.
         expect: to be told of all tensors that will be worked on, before the first.
         settled: to be told of each tensor that is done.
     """
@@ -43,6 +44,7 @@ class OpenedSource:
     name: str
     revision: str | None
     room: int = 0
+    whole_room: int = 0
     expect: Callable[[Sequence[PlannedTensor]], None] = lambda tensors: None
     settled: Callable[[PlannedTensor], None] = lambda tensor: None
 
@@ -106,6 +108,7 @@ def _opened(repository: HubRepository, folder: Path, *, keep_source: bool) -> It
                 repository.name,
                 repository.commit,
                 0 if keep_source else sum(remote[-SHARDS_AT_ONCE:]),
+                0 if keep_source else sum(remote),
                 lambda tensors: checkpoint.shards.expect(Counter(map(file, tensors))),
                 lambda tensor: checkpoint.shards.settled(file(tensor)),
             )

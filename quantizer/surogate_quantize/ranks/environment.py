@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -23,12 +25,16 @@ def local_share(count: int) -> int:
     return max(count // int(os.environ["LOCAL_WORLD_SIZE"]), 1) if world_size() > 1 else count
 
 
-def take_own_gpu() -> None:
+@contextmanager
+def own_gpu() -> Iterator[None]:
     """Leaves of the GPUs that this process sees the one of its local rank, none where there are fewer; before CUDA."""
-    index = int(os.environ["LOCAL_RANK"])
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
-    else:
-        names = [name for name in visible.split(",") if name.strip()]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[index] if index < len(names) else ""
+    index, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index)] * (index + 1) if visible is None else [name for name in visible.split(",") if name.strip()]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[index] if index < len(names) else ""
+    try:
+        yield
+    finally:
+        if visible is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from surogate_formats.errors import SurogateError
-from surogate_quantize.ranks.environment import take_own_gpu, world_size
+from surogate_quantize.ranks.environment import own_gpu, world_size
 from surogate_quantize.ranks.errors import RankLostError, StoppedByTeamError
 
 T = TypeVar("T")
@@ -126,16 +126,19 @@ class TorchTeam:
         """Returns when every rank is done with this step; that may take hours, but a dead rank is noticed."""
         self._steps += 1
         self._store.set(f"surogate/done/{self._steps}/{self.rank}", "")
-        last = {rank: (b"", time.monotonic()) for rank in range(self.size)}
-        for rank in range(self.size):
-            while not self._store.check([f"surogate/done/{self._steps}/{rank}"]):
+        waiting, last = set(range(self.size)), dict.fromkeys(range(self.size), (b"", time.monotonic()))
+        while waiting:
+            for rank in sorted(waiting):
+                if self._store.check([f"surogate/done/{self._steps}/{rank}"]):
+                    waiting.discard(rank)
+                    continue
                 key, seen = f"surogate/beat/{rank}", time.monotonic()
                 beat = self._store.get(key) if self._store.check([key]) else b"none"
                 if beat != last[rank][0]:
                     last[rank] = (beat, seen)
                 elif seen - last[rank][1] > SILENCE:
                     raise RankLostError(f"rank {rank} gives no sign of life; the same command goes on")
-                time.sleep(BEAT / 10)
+            time.sleep(BEAT / 10 if waiting else 0)
 
     def let_the_first_speak(self) -> None:
         """Waits, after a failure, until the first rank has cleaned up: torchrun ends it once another has ended."""
@@ -172,7 +175,6 @@ def joined() -> Iterator[Team]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    take_own_gpu()
     wait = timedelta(seconds=SILENCE)
     try:
         shared, rank, size = next(rendezvous("env://", timeout=wait))
@@ -182,7 +184,8 @@ def joined() -> Iterator[Team]:
         raise RankLostError(f"the ranks can't reach each other ({str(error).splitlines()[0]})") from error
     team = TorchTeam(store, rank, size)
     try:
-        yield team
+        with own_gpu():
+            yield team
     except Exception:
         team.let_the_first_speak()
         raise

@@ -12,9 +12,6 @@ Codes = Literal["nearest", "search", "calibrated"]
 CODES: tuple[Codes, ...] = ("nearest", "search", "calibrated")
 """How codes and scales are chosen."""
 
-ADAPTER = "adapter-init"
-"""Folder of the artifact that holds the adapter."""
-
 ROW = 512
 """Tokens of a row of calibration text, where the model takes so many."""
 
