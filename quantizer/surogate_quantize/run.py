@@ -107,7 +107,7 @@ def quantize(
     keep_source: bool = False,
     ranks: bool = False,
     watch: Watch | None = None,
-    told: Callable[[str], None] = lambda text: None,
+    told: Callable[[str], None] | None = None,
 ) -> RunSummary:
     """Quantizes a checkpoint into an artifact.
 
@@ -161,7 +161,11 @@ def quantize(
         with staged_together(team, out_path, job.identity, job.plan.shards, overwrite=overwrite) as staging:
             work = Work.found(team, job.plan, staging, threads)
             team.together(lambda: staging.check_room(work.bytes_to_write + _room_beside(job)))
-            solved = job.calibration.solve(staging.calibration, job.engine, limit, told) if job.calibration else None
+            solved = (
+                job.calibration.solve(staging.calibration, job.engine, limit, told or _silent)
+                if job.calibration
+                else None
+            )
             results, advice = _stream(job, work, limit, watch, solved)
             team.together(lambda: _write_rest(job, staging.files, results, solved) if team.rank == 0 else None)
     return summarize_run(
@@ -213,6 +217,10 @@ def prepared(team: Team, prepare: Callable[[], _Prepared]) -> _Prepared:
         if (differs := difference(identity, here[0].identity)) is not None:
             raise DifferentPlansError(f"ranks {rank} and {team.rank} differ: {differs}; give all the same command")
     return here[0]
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _stream(

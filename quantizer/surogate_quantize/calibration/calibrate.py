@@ -106,8 +106,8 @@ class Calibration:
         needed = BASE_CALIBRATED + sizes[""] + BLOCKS * blocks + MATRICES * 8 * widest**2
         if needed > max_memory:
             raise MemoryBudgetError(
-                f"`max_memory` {max_memory // MIB} MiB: calibrating {self._runner.name} takes about {needed // MIB} MiB "
-                "(a block in float32, its solver's matrices, embeddings)"
+                f"`max_memory` {max_memory // MIB} MiB: calibrating {self._runner.name} takes about {needed // MIB} "
+                "MiB (a block in float32, its solver's matrices, embeddings)"
             )
 
     @property

@@ -28,7 +28,7 @@ def prepare_calibration(
     if ranks > 1:
         raise CalibrationOptionsError(f"`{what}` runs in one process; start it without torchrun")
     try:
-        import accelerate  # noqa: F401
+        import accelerate  # type: ignore[import-untyped]  # noqa: F401
         import torch
 
         from surogate_quantize.calibration.calibrate import Calibration
