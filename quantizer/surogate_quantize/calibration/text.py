@@ -14,7 +14,7 @@ from torch import Tensor
 from surogate_formats.errors import UsageError
 from surogate_load.architecture import need_transformers, one_line
 
-ROWS_AT_ONCE = 32
+ROWS_AT_ONCE = 36
 """Rows that the model writes at a time."""
 
 
