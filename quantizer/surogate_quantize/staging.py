@@ -56,8 +56,8 @@ class Staging:
             sum(1 for _ in self.records.glob("*.json")),
             sum(1 for _ in self.calibration.glob("block-*.safetensors")),
         )
-        what = f"{done} of {self._shards} shards are" if done else f"{blocks} blocks are calibrated and"
-        return f"{what} finished, and the same command goes on from there" if done or blocks else None
+        what = f"{done} of {self._shards} shards are finished" if done else f"{blocks} blocks are calibrated"
+        return f"{what}, and the same command goes on from there" if done or blocks else None
 
     def check(self, identity: Identity, *, overwrite: bool) -> str | None:
         """What an unfinished run there was asked for otherwise; None if it was asked for the same, or if there is none.
