@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,36 @@ def reason(error: BaseException) -> str:
     """An error's first line, printable and without a token."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return shown(_TOKEN.sub("<token>", text))
+
+
+@contextmanager
+def quiet_hub(*, bars: bool) -> Iterator[None]:
+    """Keeps huggingface_hub's warnings off the terminal, and its bars unless `bars`: errors are ours."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    level, had_bars = get_verbosity(), not are_progress_bars_disabled()
+    if level == logging.WARNING:  # the default
+        set_verbosity(logging.ERROR)
+    if not bars:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        set_verbosity(level)
+        if had_bars:
+            enable_progress_bars()
+
+
+@contextmanager
+def named_for(folder: str, name: str) -> Iterator[None]:
+    """Puts the repository's name into errors in place of a folder that the user has never seen."""
+    try:
+        yield
+    except SurogateError as error:
+        if folder not in str(error):
+            raise
+        raise type(error)(str(error).replace(folder, name)) from error
 
 
 @contextmanager

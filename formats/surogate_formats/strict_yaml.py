@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from surogate_formats.checkpoint.errors import NotARegularFileError, shown
-from surogate_formats.checkpoint.files import open_regular, read_at
+from surogate_formats.checkpoint.files import open_regular, read_whole
 from surogate_formats.errors import CheckpointError, UsageError
 
 LARGEST_FILE = 1 << 16
@@ -116,12 +116,8 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 def _read(path: Path, where: str) -> bytes:
     descriptor = open_regular(path, where)
     try:
-        size = os.fstat(descriptor).st_size
-        if size > LARGEST_FILE:
-            raise TrainingConfigError(f"{where}: larger than {LARGEST_FILE} bytes; this is no training file")
-        data = bytearray(size)
-        read_at(descriptor, memoryview(data), 0, where)
-        return bytes(data)
+        message = f"{where}: larger than {LARGEST_FILE} bytes; this is no training file"
+        return read_whole(descriptor, where, LARGEST_FILE, lambda size: TrainingConfigError(message))
     finally:
         os.close(descriptor)
 

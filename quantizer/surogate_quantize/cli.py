@@ -90,8 +90,8 @@ DEVICES = ("auto", "cpu", "cuda")
 @click.option("--keep-source", is_flag=True, help="Leave a MODEL's shards in the Hub's cache; else each is deleted "
               "once it is quantized.")  # fmt: skip
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Payload of one output file.")
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="What quantizes; the "
-              "bytes are the same. auto: a GPU where CuPy is there to use it.")  # fmt: skip
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="What quantizes; it "
+              "changes calibrated codes alone. auto: a GPU where CuPy is there to use it.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a CPU]")
 @click.option("--max-memory", default="2GiB", show_default=True, help="What the process stays inside, whatever the "
               "model's size.")  # fmt: skip
@@ -99,7 +99,8 @@ DEVICES = ("auto", "cpu", "cuda")
 @click.option("--overwrite", is_flag=True, help="Replace the artifact in --out once the new one is complete, and "
               "discard an unfinished run of another command.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would happen to every tensor and the sizes; write nothing. "
-              "An --out is checked as the run would.")  # fmt: skip
+              "What stands in --out is checked as the run would; whether the disk has room, and a model can be "
+              "calibrated, is not.")  # fmt: skip
 @click.option("--push-to-hub", metavar="REPO", help="Upload the artifact, with a model card, once it is complete.")
 @click.option("--private", is_flag=True, help="With --push-to-hub: a repository that is made is private.")
 @click.option("--create-pr", is_flag=True, help="With --push-to-hub: open a pull request instead of a commit.")

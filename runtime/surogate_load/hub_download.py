@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from surogate_formats.artifact import ADAPTER
 from surogate_formats.checkpoint.index import INDEX, find_shards
 from surogate_formats.checkpoint.reader import CONFIG
-from surogate_formats.hub_text import hub_errors, not_cached
+from surogate_formats.hub_text import hub_errors, not_cached, quiet_hub
 from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
 from surogate_load.errors import NotPackedError
@@ -59,7 +57,7 @@ class Repository:
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         api, offline = HfApi(token=token, library_name="surogate-quant"), False
-        with hub_errors(name, revision, lead="no such directory, and "), quiet_hub():
+        with hub_errors(name, revision, lead="no such directory, and "), quiet_hub(bars=sys.stderr.isatty()):
             try:
                 files = api.model_info(name, revision=revision, files_metadata=True).siblings or ()
                 sizes = {file.rfilename: file.size or 0 for file in files}
@@ -103,7 +101,7 @@ class Repository:
                 if not (self.directory / file).is_file():
                     raise not_cached(self.name, file)
             return self.directory
-        with hub_errors(self.name), quiet_hub():
+        with hub_errors(self.name), quiet_hub(bars=sys.stderr.isatty()):
             return _snapshot(self.api, self.name, self.commit, files)
 
     def _check_packed(self) -> None:
@@ -156,22 +154,3 @@ def _declares(path: Path) -> bool:
     except ValueError:
         return True  # opening it says what is wrong
     return not isinstance(config, dict) or any(config.get(key) for key in _DECLARATIONS)
-
-
-@contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Keeps huggingface_hub's warnings off the terminal, and its bars off anything that is none."""
-    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    level, bars = get_verbosity(), not are_progress_bars_disabled()
-    if level == logging.WARNING:  # the default
-        set_verbosity(logging.ERROR)
-    if bars and not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        set_verbosity(level)
-        if bars:
-            enable_progress_bars()

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from surogate_formats.checkpoint.header import PREFIX_SIZE, header_size
 from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.checkpoint.strict_json import parse_object
-from surogate_formats.errors import SurogateError
-from surogate_formats.hub_text import hub_errors
+from surogate_formats.hub_text import hub_errors, named_for
 from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
 from surogate_formats.manifest import MANIFEST_NAME
 from surogate_load.hub_download import Repository
@@ -51,7 +50,7 @@ def without_tensors(model: str | Path, revision: str | None = None, token: str |
     with tempfile.TemporaryDirectory(prefix="surogate-headers-") as temporary:
         folder = Path(temporary) / repository.name.rpartition("/")[2]  # what others packed is called as its directory
         folder.mkdir()
-        with _named(str(folder), repository.name):
+        with named_for(str(folder), repository.name):
             _fill(repository, folder)
             yield folder
 
@@ -89,14 +88,3 @@ def _start(files: HfFileSystem, repository: Repository, shard: str) -> bytes:
         prefix = reader.read(min(PREFIX_SIZE, size))
         rest = reader.read(header_size(prefix, size, f"{repository.name}/{shard}") - len(prefix))
         return bytes(prefix + rest)
-
-
-@contextmanager
-def _named(folder: str, name: str) -> Iterator[None]:
-    """Puts the repository's name into errors in place of a folder that the user has never seen."""
-    try:
-        yield
-    except SurogateError as error:
-        if folder not in str(error):
-            raise
-        raise type(error)(str(error).replace(folder, name)) from error

@@ -18,7 +18,7 @@ from surogate_formats.checkpoint.errors import (
     SymlinkedDirectoryError,
     shown,
 )
-from surogate_formats.checkpoint.files import open_regular, read_at, unreadable
+from surogate_formats.checkpoint.files import open_regular, read_whole, unreadable
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 
@@ -103,14 +103,13 @@ class Directory:
             TruncatedFileError: It shrank while it was read.
         """
         where = self.show(name)
+
+        def larger(size: int) -> JsonTooLargeError:
+            return JsonTooLargeError(f"{where}: {size} bytes, more than the {cap} allowed; download it again")
+
         descriptor = self.open(name)
         try:
-            size = os.fstat(descriptor).st_size
-            if size > cap:
-                raise JsonTooLargeError(f"{where}: {size} bytes, more than the {cap} allowed; download it again")
-            data = bytearray(size)
-            read_at(descriptor, memoryview(data), 0, where)
-            return bytes(data)
+            return read_whole(descriptor, where, cap, larger)
         finally:
             os.close(descriptor)
 

@@ -65,6 +65,21 @@ def read_at(descriptor: int, buffer: memoryview, offset: int, where: str) -> Non
         done += got
 
 
+def read_whole(descriptor: int, where: str, cap: int, larger: Callable[[int], Exception]) -> bytes:
+    """The bytes of a file of up to `cap`; raises what `larger` makes of its size if it is larger, and nothing is read.
+
+    Raises:
+        TruncatedFileError: It shrank while it was read.
+        UnreadableFileError: The disk fails.
+    """
+    size = os.fstat(descriptor).st_size
+    if size > cap:
+        raise larger(size)
+    data = bytearray(size)
+    read_at(descriptor, memoryview(data), 0, where)
+    return bytes(data)
+
+
 def stream_of(descriptor: int, where: str) -> Callable[[int], bytes]:
     """A function that gives the next bytes of a file, at most so many, and none at its end.
 

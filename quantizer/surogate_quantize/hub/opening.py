@@ -12,12 +12,10 @@ from pathlib import Path
 from threading import Event
 
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.errors import SurogateError
-from surogate_formats.hub_text import HUB_ID, RevisionOfDirectoryError
+from surogate_formats.hub_text import HUB_ID, RevisionOfDirectoryError, named_for, quiet_hub
 from surogate_quantize.hub.checkpoint import HubCheckpoint, fill
 from surogate_quantize.hub.repository import HubRepository
 from surogate_quantize.hub.stopping import stopping
-from surogate_quantize.hub.terminal import quiet_hub
 from surogate_quantize.interruption import undisturbed
 from surogate_quantize.output_errors import OutputBusyError, disk_errors, locked
 from surogate_quantize.plan import PlannedTensor
@@ -74,9 +72,9 @@ def open_source(
             yield OpenedSource(checkpoint, *source_identity(checkpoint.directory))
         return
     stop = Event()
-    with quiet_hub(), _folder(near) as folder, stopping(stop):
+    with quiet_hub(bars=False), _folder(near) as folder, stopping(stop):
         repository = HubRepository.resolve(str(model), revision, token, stop)
-        with _named(folder / "model", repository.name):
+        with named_for(str(folder / "model"), repository.name):
             yield from _opened(repository, folder, keep_source=keep_source)
 
 
@@ -150,14 +148,3 @@ def _clear(parent: Path, prefix: str) -> None:
         if folder.is_dir() and not folder.is_symlink():
             with suppress(OutputBusyError, OSError), locked(folder, surely=True):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _named(folder: Path, name: str) -> Iterator[None]:
-    """Puts the repository's name into errors in place of a folder that the user has never seen."""
-    try:
-        yield
-    except SurogateError as error:
-        if str(folder) not in str(error):
-            raise
-        raise type(error)(str(error).replace(str(folder), name)) from error

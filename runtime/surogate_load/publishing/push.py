@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surogate_formats.artifact import Artifact
+from surogate_formats.hub_text import quiet_hub
 from surogate_formats.manifest import MANIFEST_NAME
-from surogate_load.hub_download import quiet_hub
 from surogate_load.publishing.card import CARD, PLOT, make_card
 from surogate_load.publishing.errors import RepositoryTakenError, check_access, check_name, upload_errors
 from surogate_load.publishing.plot import error_plot
@@ -76,7 +77,7 @@ def push(artifact: str | Path, repo: str, how: Push | None = None, say: Say = la
         if name is not None:
             check_name(name)
     check_access(repo, how.token)
-    with Artifact.open(artifact) as opened, quiet_hub():
+    with Artifact.open(artifact) as opened, quiet_hub(bars=sys.stderr.isatty()):
         opened.verify()
         names = [MANIFEST_NAME, *opened.manifest.sidecars, *(file.name for file in opened.checkpoint.files)]
         lines: list[str] = []
