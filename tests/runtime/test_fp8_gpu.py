@@ -101,8 +101,8 @@ def adapted(path, emulate, **arguments):
     return peft.get_peft_model(model, settings, autocast_adapter_dtype=False).train()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp8-tensor"])
-def test_captured_steps_follow_the_emulation(artifact, kind):
+@pytest.mark.parametrize(("kind", "unused"), [("nf4", 3), ("fp8-tensor", 1)])
+def test_captured_steps_follow_the_emulation(artifact, kind, unused):
     ids, ends = torch.randint(0, 64, (2, 64), device="cuda"), []
     for emulate in (True, False):
         model = adapted(artifact(kind), emulate, compile=None if emulate else "layers")
@@ -115,7 +115,8 @@ def test_captured_steps_follow_the_emulation(artifact, kind):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        # The first layer's input needs no gradient, so q, k and v there never quantize one; theirs is one scale.
-        assert sum(not scale.scale.item() for scale in delayed_scales(model)) == 1
+        # The first layer's input needs no gradient, so q, k and v there never quantize one; fused, they have one scale
+        # (of NF4 they are too small to be fused).
+        assert sum(not scale.scale.item() for scale in delayed_scales(model)) == unused
         ends.append(losses)
     assert ends[1] == pytest.approx(ends[0], abs=0.03)

@@ -129,7 +129,7 @@ def test_stochastic_noise_differs_from_replay_to_replay(artifact):
 def test_nothing_waits_for_the_gpu(artifact):
     model = adapted(artifact("nf4"))
     step = MicroStep(model)
-    step(input_ids=BATCHES[0], labels=BATCHES[0])
+    step(input_ids=BATCHES[0], labels=BATCHES[0], num_items_in_batch=9)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for ids in BATCHES:

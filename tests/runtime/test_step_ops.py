@@ -18,15 +18,13 @@ def test_opcheck():
     labels, factor = torch.tensor([1, 2, -100]), torch.tensor([0.5, 1.0, 0.0])
     codes = drawn(8, 12).to(torch.float8_e4m3fn)
     check_op(SUROGATE.cross_entropy_.default, (drawn(3, 7), labels, factor, 1.5, 3.0, True))
-    check_op(SUROGATE.scaled_product.default, (drawn(4, 5), drawn(5, 6), 0.5))
     check_op(SUROGATE.add_product_.default, (drawn(4, 6), drawn(4, 5), drawn(5, 6), 0.5))
     check_op(SUROGATE.transpose_bytes.default, (codes,))
     check_op(SUROGATE.transpose_bytes_for_backward.default, (drawn(2), codes))
 
 
-def test_products():
+def test_add_product():
     left, right, out = drawn(4, 5), drawn(5, 6, seed=1), drawn(4, 6, seed=2)
-    torch.testing.assert_close(SUROGATE.scaled_product(left, right, 0.5), 0.5 * left @ right)
     expected = out + 2 * left @ right
     SUROGATE.add_product_(out, left, right, 2.0)
     torch.testing.assert_close(out, expected)

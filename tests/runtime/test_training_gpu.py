@@ -75,13 +75,13 @@ def test_fifty_captured_steps_follow_the_dense_model(artifact, kind, recipe, tol
     assert found == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp8-hybrid"])
-def test_reduce_overhead(artifact, recipe):
-    """torch's own CUDA graphs, a graph each way."""
+@pytest.mark.parametrize(("recipe", "tolerance"), [("bf16", 0.05), ("fp8-hybrid", 0.15)])
+def test_reduce_overhead(artifact, recipe, tolerance):
+    """torch's own CUDA graphs, a graph each way; fp8's roundings part two runs as they do those of the test above."""
     torch._dynamo.reset()
     path, runs = artifact("fp8-tensor"), []
     for compiled in (False, True):
         model = adapted(load_model(path, device="cuda", recipe=recipe))
         call = torch.compile(model, mode="reduce-overhead") if compiled else model
         runs.append(losses_of(model, plain_step(call)))
-    assert runs[1] == pytest.approx(runs[0], abs=0.05)
+    assert runs[1] == pytest.approx(runs[0], abs=tolerance)

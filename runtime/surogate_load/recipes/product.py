@@ -115,7 +115,7 @@ class PackedLoraLinear(torch.autograd.Function):
         parts = tensors[2 * count :]
         lora_a = _below_each_other(tensors[:count])
         lora_b = _block_diagonal(tensors[count : 2 * count], placement)
-        xa = torch.ops.surogate.scaled_product(_rows(x), lora_a.t(), placement.scaling)
+        xa = _scaled_product(_rows(x), lora_a.t(), placement.scaling)
         y = product.forward(x, bias, state, parts, (xa, lora_b.t()))
         ctx.product, ctx.state, ctx.placement = product, state, placement
         ctx.save_for_backward(x, xa, lora_a, lora_b, *parts)
@@ -126,7 +126,7 @@ class PackedLoraLinear(torch.autograd.Function):
         """Gives dx and the gradients of bias, A and B."""
         x, xa, lora_a, lora_b, *parts = ctx.saved_tensors
         placement, dy = ctx.placement, _rows(gradient)
-        dya = torch.ops.surogate.scaled_product(dy, lora_b, placement.scaling)
+        dya = _scaled_product(dy, lora_b, placement.scaling)
         da = (dya.t() @ _rows(x)).split(placement.ranks)
         db = _diagonal_blocks(dy.t() @ xa, placement)
         dx = None
@@ -148,6 +148,14 @@ def multiply_with_adapters(
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Gives scaling * left @ right, scaled where it is made: inductor would make a kernel of its own of the scaling.
+
+    The first argument of `addmm` is something of the right form, which beta=0 has it not read.
+    """
+    return torch.addmm(right[:1], left, right, beta=0, alpha=scaling)
 
 
 def _below_each_other(matrices: Sequence[Tensor]) -> Tensor:
