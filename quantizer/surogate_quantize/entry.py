@@ -9,5 +9,7 @@ def main() -> None:
     """Runs the command line."""
     with one_line_at_the_end():
         from surogate_quantize.cli import main as command
+        from surogate_quantize.heap import return_large_blocks
 
+        return_large_blocks()
         command(prog_name="surogate-quantize")
