@@ -104,6 +104,11 @@ class QuantizedLinear(nn.Linear):
         return self.kind.dequantize(self.parts, dtype or self.compute_dtype)
 
     @property
+    def packed_values(self) -> int:
+        """N * K, which is what W counts as a parameter."""
+        return self.in_features * self.out_features
+
+    @property
     def W_q(self) -> Tensor:  # noqa: N802
         """The codes. PEFT takes the weight of a module with this attribute from `dequantize()`, which DoRA needs."""
         return self.parts[0]

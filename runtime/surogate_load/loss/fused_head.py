@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from surogate_load.loss.lazy_logits import with_lazy_logits
 from surogate_load.loss.linear_cross_entropy import PLAIN, LogitTransform, linear_cross_entropy
+from surogate_load.quick_walks import QuickWalks
 
 _LOG = logging.getLogger("surogate_load")
 
@@ -110,7 +111,7 @@ class FusedHead:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles by the model's own class: the one made here has no name of its own."""
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_new, (type(self).__mro__[2],), *reduced[2:])
+        return (_new, (type(self).__bases__[-1],), *reduced[2:])
 
     @contextmanager
     def _intercept(self, head: nn.Linear) -> Iterator[_Interception]:
@@ -137,7 +138,7 @@ def _fused_class(base: type) -> type:
         return FusedHead.forward(self, *args, **kwargs)
 
     entries = {"__module__": base.__module__, "__doc__": base.__doc__, "forward": forward}
-    return type(base.__name__, (FusedHead, base), entries)
+    return type(base.__name__, (FusedHead, QuickWalks, base), entries)
 
 
 def _new(base: type) -> Any:
