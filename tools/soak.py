@@ -2,8 +2,8 @@
 
 Usage: python tools/soak.py [--only NAME]...
 
-Names: kills, signals, overwrite, power, ranks, disk, cycles, memory. The last packs a sparse model of 64 GB into 17 GB
-below the system's folder for temporary files (TMPDIR), if there is room.
+Names: kills, signals, overwrite, power, ranks, training_ranks, disk, cycles, memory. The last packs a sparse model of
+64 GB into 17 GB below the system's folder for temporary files (TMPDIR), if there is room.
 """
 
 import argparse
@@ -112,6 +112,37 @@ def ranks(folder: Path) -> str:
     return f"1, 2 and 4 ranks, {', '.join(FORMATS)}, 2 hash seeds: all artifacts equal"
 
 
+def training_ranks(folder: Path) -> str:
+    """Four gloo ranks under DDP and FSDP2 against one; state of two goes on with four; one is killed."""
+    from runtime.artifacts import tiny_llama, write_artifact
+    from runtime.layers import KINDS as FORMATS
+    from runtime.lora_steps import losses_of_steps
+    from runtime.parallel_ranks import DDP, IDS, KINDS, STEPS, adapted, run_ranks
+
+    def make(name: str, kind: str, **changes: object) -> Path:
+        (folder / name).mkdir()
+        return write_artifact(tiny_llama(**changes), folder / name, FORMATS[kind])
+
+    kinds = {*KINDS, *DDP} - {"odd"}
+    paths = {kind: make(kind, kind, num_key_value_heads=4) for kind in kinds}
+    paths["odd"] = make("odd", "nf4", num_key_value_heads=4, intermediate_size=131, attention_bias=True, mlp_bias=True)
+    paths["one layer"] = make("one", "nf4", num_hidden_layers=1)
+    saved = run_ranks(2, folder, paths, ["state"])["state"][0]["loss"]
+    found = run_ranks(4, folder, paths, ["ddp", "train", "options", "trainer", "hsdp", "resumed", "kill_one"])
+    found["hsdp"] = [{"odd": {"losses": losses}} for losses in found["hsdp"]]
+    furthest = 0.0
+    for name, recipes in (("ddp", DDP), ("train", KINDS), ("hsdp", {"odd": "bf16"})):
+        for kind, recipe in recipes.items():
+            alone = losses_of_steps(adapted(paths[kind], recipe), IDS, STEPS)
+            away = max(abs(a / b - 1) for a, b in zip(found[name][0][kind]["losses"], alone, strict=True))
+            _expect(away < (1e-5 if recipe == "bf16" else 2e-2), f"{name} {kind}: {away:.1e} away")
+            furthest = max(furthest, away if recipe == "bf16" else 0.0)
+    for way, loss in found["resumed"][0].items():
+        _expect(abs(loss / saved - 1) < 1e-5, f"resumed from {way}: {loss}, saved at {saved}")
+    _expect(len(found["kill_one"]) == 3 and all("another rank" in said for said in found["kill_one"]), "a lost rank")
+    return f"losses of bf16 within {furthest:.1e} of one rank's; two save, four go on; three say who is lost"
+
+
 def disk(folder: Path) -> str:
     """The tests with a small file system that fills up."""
     names = "disk_that or read_only_disk"
@@ -188,7 +219,7 @@ def memory(folder: Path) -> str:
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
-    part.__name__: part for part in (kills, signals, overwrite, power, ranks, disk, cycles, memory)
+    part.__name__: part for part in (kills, signals, overwrite, power, ranks, training_ranks, disk, cycles, memory)
 }
 
 

@@ -20,6 +20,7 @@ from surogate_formats.errors import ArtifactError
 from surogate_formats.foreign import Foreign, declared_config, read_foreign
 from surogate_formats.format import Format, Parts, Shape
 from surogate_formats.layouts import Layout, UnreadableConfigError, layout_of_config, stored_tensors, unpack
+from surogate_formats.layouts.surogate import METHODS
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
 
 STAGING = ".surogate-staging"
@@ -110,7 +111,7 @@ class Artifact:
     @classmethod
     def _of_others(cls, directory: Path, checkpoint: Checkpoint) -> Artifact:
         declared = declared_config(checkpoint)
-        if declared is None or declared.get("quant_method") == "surogate":
+        if declared is None or declared.get("quant_method") in METHODS:
             raise _incomplete(directory)
         try:
             foreign = read_foreign(checkpoint, declared)

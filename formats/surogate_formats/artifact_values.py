@@ -17,8 +17,7 @@ from surogate_formats.checkpoint.files import stream_of
 from surogate_formats.dtypes import FLOATS, NUMPY
 from surogate_formats.errors import ArtifactError
 from surogate_formats.format import Shape, TensorSpec
-from surogate_formats.layouts import RecodingLayout, stored_tensors
-from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
+from surogate_formats.layouts import DescribingLayout, RecodingLayout, stored_tensors
 from surogate_formats.part_values import PartRule, part_rules
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def verify_tensors(artifact: Artifact) -> int:
         for name, expected in record.stored.items():
             _verify_tensor(artifact, name, expected, rules.get(name))
             count += 1
-    if isinstance(artifact.layout, BitsandbytesLayout):
+    if isinstance(artifact.layout, DescribingLayout):
         for module, shape in artifact.modules.items():
             _check_state(artifact, module, shape)
     return count
@@ -65,13 +64,25 @@ def check_scales(artifact: Artifact) -> None:
     Raises:
         PartValueError: the first scale that stands for no weight (a NaN, say), by name.
     """
-    for name, rule in _rules(artifact):
-        dtype = artifact.checkpoint.tensors[name].info.dtype
-        if dtype in FLOATS.values():
-            problem = _problem(rule, artifact.checkpoint.read(name).reshape(-1), 0)
-            if problem is not None:
-                path = shown(artifact.path)
-                raise PartValueError(f"{path}: {shown(name)}: {problem}; download it again, or quantize again")
+    for name, rule in scale_rules(artifact).items():
+        check_values(artifact, name, rule, artifact.checkpoint.read(name).reshape(-1), 0)
+
+
+def scale_rules(artifact: Artifact) -> dict[str, PartRule]:
+    """What the values of the floating-point companions must be, by the names of the tensors."""
+    tensors, floats = artifact.checkpoint.tensors, FLOATS.values()
+    return {name: rule for name, rule in _rules(artifact) if tensors[name].info.dtype in floats}
+
+
+def check_values(artifact: Artifact, name: str, rule: PartRule, values: NDArray[np.generic], start: int) -> None:
+    """Checks values of a tensor, flat, that begin at byte `start` of it.
+
+    Raises:
+        PartValueError: one stands for no weight, by its place.
+    """
+    problem = _problem(rule, values, start)
+    if problem is not None:
+        raise PartValueError(f"{shown(artifact.path)}: {shown(name)}: {problem}; download it again, or quantize again")
 
 
 def _rules(artifact: Artifact) -> Iterator[tuple[str, PartRule]]:
@@ -110,7 +121,7 @@ def _problem(rule: PartRule, values: NDArray[np.generic], start: int) -> str | N
 
 def _check_state(artifact: Artifact, module: str, shape: Shape) -> None:
     layout, fmt, tensors = artifact.layout, artifact.format, artifact.checkpoint.tensors
-    assert isinstance(layout, BitsandbytesLayout)
+    assert isinstance(layout, DescribingLayout)
     names = {key: stored.name for key, stored in stored_tensors(layout, fmt, module, shape).items()}
     specs = {key: TensorSpec(tensors[name].info.dtype, tensors[name].info.shape) for key, name in names.items()}
     state = artifact.checkpoint.read(names["quant_state"]).tobytes()

@@ -15,8 +15,7 @@ from surogate_formats.checkpoint.strict_json import parse_object
 from surogate_formats.dtypes import BITS, FLOATS
 from surogate_formats.errors import ArtifactError
 from surogate_formats.format import Format, Parts, Shape, to_dict
-from surogate_formats.layouts import Layout, UnreadableConfigError, layout_of_config
-from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
+from surogate_formats.layouts import DescribingLayout, Layout, UnreadableConfigError, layout_of_config
 from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_formats.manifest import Manifest, TensorRecord
 from surogate_formats.packed_weights import ACTIVATION_SCALES, PackedWeights, find_packed_weights
@@ -58,7 +57,7 @@ class Foreign:
         fmt, shape, suffixes = self.packed.format, self.packed.modules[module], self.layout.suffixes
         keys = _stored_keys(self.layout, self.packed.stored or fmt, shape)
         stored = {key: checkpoint.read(f"{module}.{suffixes[fmt.name][key]}") for key in keys}
-        if not isinstance(self.layout, BitsandbytesLayout):
+        if not isinstance(self.layout, DescribingLayout):
             return {part: stored[part].reshape(spec.shape) for part, spec in fmt.part_specs(shape).items()}
         try:
             return self.layout.restore(fmt, stored, shape)
@@ -157,5 +156,5 @@ def _records(checkpoint: Checkpoint, layout: Layout, packed: PackedWeights) -> I
 
 
 def _stored_keys(layout: Layout, fmt: Format, shape: Shape) -> Iterable[str]:
-    """The parts; in layout bitsandbytes what they are restored from."""
-    return layout.stored_specs(fmt, shape) if isinstance(layout, BitsandbytesLayout) else fmt.part_specs(shape)
+    """The parts; in a layout that describes its weights, what they are restored from."""
+    return layout.stored_specs(fmt, shape) if isinstance(layout, DescribingLayout) else fmt.part_specs(shape)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from surogate_formats.checkpoint import SourceFile
@@ -80,7 +81,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest's text; equal manifests have equal text."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=True) + "\n"
+        fields = asdict(self)
+        fields["files"] = [_without_unknown(file) for file in fields["files"]]
+        return json.dumps(fields, indent=1, ensure_ascii=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
@@ -92,6 +95,19 @@ class Manifest:
         """
         data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
         return cls(**read_fields(reader_of(data), shown(where)))
+
+    @classmethod
+    def beside(cls, file: Path) -> Manifest | None:
+        """The manifest of the directory in which a file stands; None if it has none.
+
+        Raises:
+            Everything that `read` raises else, and CheckpointError for what is no directory.
+        """
+        with Directory(file.parent) as directory:
+            try:
+                return cls.read(directory)
+            except FileNotFoundError:
+                return None
 
     @classmethod
     def read(cls, directory: Directory) -> Manifest:
@@ -111,3 +127,8 @@ class Manifest:
             return cls(**read_fields(stream_of(descriptor, where), where))
         finally:
             os.close(descriptor)
+
+
+def _without_unknown(file: dict[str, Any]) -> dict[str, Any]:
+    """A source file's entry; the hash of its bytes stands there only if somebody asked for it."""
+    return {key: value for key, value in file.items() if value is not None}

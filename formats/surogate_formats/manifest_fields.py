@@ -59,9 +59,11 @@ def _are_digests(value: Any) -> bool:
 
 
 def _are_files(value: Any) -> bool:
-    kinds = {"name": _is_text, "size": _is_size, "header_sha256": _is_digest}
+    kinds = {"name": _is_text, "size": _is_size, "header_sha256": _is_digest, "sha256": _is_digest}
     return isinstance(value, list) and all(
-        isinstance(entry, dict) and entry.keys() == kinds.keys() and all(kinds[key](entry[key]) for key in kinds)
+        isinstance(entry, dict)
+        and entry.keys() | {"sha256"} == kinds.keys()
+        and all(kinds[key](item) for key, item in entry.items())
         for entry in value
     )
 

@@ -10,8 +10,8 @@ import numpy as np
 from surogate_formats.checkpoint import TensorInfo
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.errors import ArtifactError
-from surogate_formats.format import Shape, TensorSpec
-from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
+from surogate_formats.format import Format, Shape, TensorSpec
+from surogate_formats.layouts import DescribingLayout
 from surogate_formats.layouts.quant_state import is_rounded, read_state
 from surogate_formats.nf4 import NF4
 from surogate_formats.weight_parts import STATE, UnreadableWeightError, UnscaledWeightError
@@ -57,7 +57,7 @@ def as_restored(fmt: NF4, infos: Mapping[str, TensorInfo], read: Read) -> NF4:
 
 
 def describe_weights(
-    layout: BitsandbytesLayout, fmt: NF4, infos: Mapping[str, TensorInfo], read: Read
+    layout: DescribingLayout, fmt: NF4, infos: Mapping[str, TensorInfo], read: Read
 ) -> Iterator[tuple[str, Shape, str]]:
     """Module, shape [N, K] and safetensors dtype of the source of every packed weight.
 
@@ -104,5 +104,6 @@ def _format_of_sizes(module: str, infos: Mapping[str, TensorInfo]) -> NF4 | None
     return NF4(fitting[0], nested) if len(fitting) == 1 else None  # type: ignore[arg-type]
 
 
-def _words(fmt: NF4) -> str:
+def _words(fmt: Format) -> str:
+    assert isinstance(fmt, NF4)
     return f"in blocks of {fmt.block_size} with{'' if fmt.double_quant == 'dynamic' else 'out'} double quantization"

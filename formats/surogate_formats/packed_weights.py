@@ -9,8 +9,7 @@ from surogate_formats.checkpoint import TensorInfo
 from surogate_formats.checkpoint.errors import shown
 from surogate_formats.format import Format, Shape
 from surogate_formats.fp8 import FP8
-from surogate_formats.layouts import Layout
-from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
+from surogate_formats.layouts import DescribingLayout, Layout
 from surogate_formats.nf4 import NF4
 from surogate_formats.packed_nf4 import Read, as_restored, describe_weights, format_of_headers
 from surogate_formats.weight_parts import UnreadableWeightError, UnscaledWeightError, check_part, fits
@@ -82,8 +81,8 @@ def find_packed_weights(
         UnscaledWeightError: a weight lacks a part, or a tensor of few bits belongs to no weight.
         UnreadableWeightError: a part isn't what the format stores, or one of the weight's tensors has no known meaning.
     """
-    if isinstance(layout, BitsandbytesLayout):
-        return _find_nf4(layout, infos, read)
+    if isinstance(layout, DescribingLayout):
+        return _find_described(layout, infos, read)
     if isinstance(declared, NF4):
         return PackedWeights(declared, {}, ())
     suffixes = layout.suffixes[declared.name]
@@ -101,7 +100,7 @@ def find_packed_weights(
     return PackedWeights(fmt, modules, tuple(sorted(set(_unused(infos, used, modules)))))
 
 
-def _find_nf4(layout: BitsandbytesLayout, infos: Mapping[str, TensorInfo], read: Read | None) -> PackedWeights:
+def _find_described(layout: DescribingLayout, infos: Mapping[str, TensorInfo], read: Read | None) -> PackedWeights:
     fmt = format_of_headers(infos)
     if read is None:
         return PackedWeights(fmt, {}, ())

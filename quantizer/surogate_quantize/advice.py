@@ -12,9 +12,11 @@ from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.dtypes import NUMPY
 from surogate_formats.errors import SurogateError
 from surogate_formats.format import Format
+from surogate_formats.layouts import LAYOUTS
 from surogate_formats.nvfp4 import NVFP4
 from surogate_formats.recipe import Recipe
 from surogate_quantize.engine import Engine
+from surogate_quantize.fused_experts import takes_apart
 from surogate_quantize.options import Options
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.source import Source
@@ -44,9 +46,7 @@ def warnings_before(source: Checkpoint, made: Plan) -> list[str]:
     if source.unused:
         lines.append(f"not part of the checkpoint, left out: {', '.join(source.unused)}")
     options = made.options
-    danger = options.layout.expert_warnings.get(options.format.name)
-    if danger and any(".experts." in tensor.info.name for tensor in made.quantized):
-        lines.append(danger)
+    lines.extend(_experts(source, made))
     if always := options.layout.reader_warnings.get(options.format.name):
         lines.append(always)
     dtypes = {tensor.info.dtype for tensor in made.quantized}
@@ -57,6 +57,20 @@ def warnings_before(source: Checkpoint, made: Plan) -> list[str]:
     if "auto_map" in source.config:
         lines.append("config.json names code of the model's own (auto_map); code is not carried over")
     return lines
+
+
+def _experts(source: Checkpoint, made: Plan) -> list[str]:
+    """What readers get wrong about packed experts, or what would pack those that are kept."""
+    layout, fmt = made.options.layout, made.options.format
+    if not any(".experts." in tensor.info.name for tensor in made.quantized):
+        others = [name for name, each in LAYOUTS.items() if each.splits_experts and fmt.name in each.suffixes]
+        kept = source.fused_experts.keys() - takes_apart(source, layout).keys()
+        return [f"all experts are kept; `layout={others[0]!r}` packs them, for surogate_load alone"] if kept else []
+    if any(not parts[0].arrangement.apart for parts in source.fused_experts.values()):
+        return ["surogate_load alone loads these experts packed: vLLM and plain transformers know them fused only, and "
+                "vLLM leaves them at random without an error; `skip='experts'` keeps them as they are"]  # fmt: skip
+    danger = layout.expert_warnings.get(fmt.name)
+    return [danger] if danger else []
 
 
 def _layers_missing(source: Checkpoint) -> list[str]:
@@ -95,8 +109,8 @@ class Comparison:
             return []
         quantized = [tensor for tensor in tensors if tensor.decision.quantize]
         # A file that is first needed later may still have to come from the Hub.
-        first = source.tensors[quantized[0].info.name].file if quantized else ""
-        here = [tensor for tensor in quantized if source.tensors[tensor.info.name].file == first]
+        first = source.entry(quantized[0].info.name).file if quantized else ""
+        here = [tensor for tensor in quantized if source.entry(tensor.info.name).file == first]
         weights = [tensor for tensor in here if tensor.info.nbytes <= limit]
         if not weights:
             return []

@@ -93,8 +93,13 @@ def band_bytes(max_memory: int) -> int:
     share = (max_memory - BASE) // SHARES
     if share < SMALLEST:
         least = (BASE + SHARES * SMALLEST) // MIB
-        raise MemoryBudgetError(f"`max_memory` {max_memory // MIB} MiB: at least {least} MiB are needed")
+        raise MemoryBudgetError(f"`max_memory` {in_words(max_memory)}: at least {least} MiB are needed")
     return min(share, LARGEST)
+
+
+def in_words(size: int) -> str:
+    """A size in MiB, or in bytes where that would be none."""
+    return f"{size // MIB} MiB" if size >= MIB else f"{size} bytes"
 
 
 def cut_bands(fmt: Format, tensor: PlannedTensor, limit: int) -> Iterator[Band]:
@@ -119,7 +124,7 @@ def check_budget(plan: Plan, limit: int, max_memory: int) -> None:
         if BASE + SHARES * largest > max(max_memory, BASE + SHARES * limit):
             needed = -(-(BASE + SHARES * largest) // MIB)
             raise MemoryBudgetError(
-                f"`max_memory` {max_memory // MIB} MiB: {tensor.info.name} {list(tensor.info.shape)} can't be cut into "
+                f"`max_memory` {in_words(max_memory)}: {tensor.info.name} {list(tensor.info.shape)} can't be cut into "
                 f"bands that small; it takes {needed} MiB"
             )
 

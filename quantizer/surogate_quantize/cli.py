@@ -89,6 +89,8 @@ DEVICES = ("auto", "cpu", "cuda")
 @click.option("--token", help="For the Hub.  [default: HF_TOKEN, else the login of hf auth login]")
 @click.option("--keep-source", is_flag=True, help="Leave a MODEL's shards in the Hub's cache; else each is deleted "
               "once it is quantized.")  # fmt: skip
+@click.option("--hash-source", is_flag=True, help="Record the SHA-256 of every source file in the manifest; a local "
+              "MODEL is read twice for it.")  # fmt: skip
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Payload of one output file.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="What quantizes; it "
               "changes calibrated codes alone. auto: a GPU where CuPy is there to use it.")  # fmt: skip
@@ -168,7 +170,9 @@ def _run(out: Out, arguments: dict[str, Any]) -> None:
         return
     if target is None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
-    how = {name: arguments[name] for name in ("device", "workers", "max_memory", "overwrite", "keep_source")}
+    how = {
+        name: arguments[name] for name in ("device", "workers", "max_memory", "overwrite", "keep_source", "hash_source")
+    }
     watch = out.watch if is_first_rank() else None
     summary = quantize(model, target, options, **how, **hub, ranks=world_size() > 1, watch=watch, told=out.note)
     if not is_first_rank():

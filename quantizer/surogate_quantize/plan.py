@@ -14,6 +14,7 @@ from surogate_formats.dtype_rules import STORED_AS
 from surogate_formats.errors import SurogateError
 from surogate_formats.format import TensorSpec
 from surogate_formats.layouts import StoredTensor, stored_tensors
+from surogate_quantize.fused_experts import takes_apart, with_fused_kept
 from surogate_quantize.fused_groups import amax_groups
 from surogate_quantize.options import Options
 from surogate_quantize.packed_heads import naming_head, with_head
@@ -96,13 +97,15 @@ class Plan:
         those modules are listed too.
         """
         kept: dict[str, None] = {}
+        names = (tensor.info.name.partition(".experts.") for tensor in self.quantized)
+        packed = {path for path, experts, _ in names if experts}
         for tensor in self.tensors:
             if tensor.decision.quantize or len(tensor.info.shape) < 2:
                 continue
             if tensor.info.name.endswith(".weight"):
                 kept[tensor.module] = None
             path, experts, _ = tensor.info.name.partition(".experts.")
-            if experts:
+            if experts and not (path in packed and tensor.decision.reason == "bias"):
                 kept[f"{path}.experts"] = None
         return [*kept, *tied_heads(tensor.info.name for tensor in self.tensors)]
 
@@ -120,25 +123,34 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         raise AlreadyQuantizedError(
             f"{source.directory}: already quantized ({method}); start from the unquantized checkpoint"
         )
-    decisions = _decide(source, options)
+    options, decisions = _settled(source, options)
     if not any(decision.quantize for decision in decisions.values()):
         reasons = "; ".join(f"{count} {reason}" for reason, count in count_reasons(decisions.values()).items())
         raise NothingToQuantizeError(
             f"{source.directory}: nothing to quantize; all tensors are kept: {reasons}{_way_out(source, options)}"
         )
-    quantized = [name for name, decision in decisions.items() if decision.quantize]
-    if any(".experts." in name for name in quantized):
-        options = options.for_experts()
     if options.quantize_lm_head:
         options = replace(options, layout=naming_head(options.layout, decisions))
+    quantized = [name for name, decision in decisions.items() if decision.quantize]
     groups = amax_groups(quantized) if options.format.shares_amax else {}
     tensors = _place(source, options, decisions, groups)
     _check_names(tensors)
     return Plan(options, tuple(tensors))
 
 
+def _settled(source: Checkpoint, options: Options) -> tuple[Options, dict[str, Decision]]:
+    """The decisions, and the options that they are made with: another layout may be the default for experts."""
+    with_experts = options.for_experts()
+    decisions = _decide(source, with_experts)
+    if with_experts is options or any(".experts." in name for name, each in decisions.items() if each.quantize):
+        return with_experts, decisions
+    return options, _decide(source, options)
+
+
 def _decide(source: Checkpoint, options: Options) -> dict[str, Decision]:
-    tensors = {name: (entry.info.dtype, entry.info.shape) for name, entry in source.tensors.items()}
+    fused = takes_apart(source, options.layout)
+    infos = [part.info for name, entry in source.tensors.items() for part in fused.get(name, (entry,))]
+    tensors = {info.name: (info.dtype, info.shape) for info in infos}
     decisions = select(tensors, source.config, options.skip)
 
     def refuses(shape: tuple[int, ...]) -> str | None:
@@ -149,7 +161,7 @@ def _decide(source: Checkpoint, options: Options) -> dict[str, Decision]:
             decisions[name] = Decision(quantize=False, reason=reason)
     if options.quantize_lm_head:
         decisions = with_head(decisions, tensors, source.config, options.skip, refuses)
-    return keep_groups_whole(decisions)
+    return with_fused_kept(keep_groups_whole(decisions), source, options.layout)
 
 
 def _way_out(source: Checkpoint, options: Options) -> str:
@@ -172,14 +184,14 @@ def _place(
     """Fills shards in reading order; all companions of a weight stand in one."""
     placed: list[PlannedTensor] = []
     shard, used = 0, 0
-    for name, entry in source.tensors.items():
-        info = entry.info
-        if decisions[name].quantize:
+    for name, decision in decisions.items():
+        info = source.entry(name).info
+        if decision.quantize:
             module = name.removesuffix(".weight")
             stored = stored_tensors(options.layout, options.format, module, info.shape)
         else:
             stored = {"kept": StoredTensor(name, TensorSpec(STORED_AS.get(info.dtype, info.dtype), info.shape))}
-        tensor = PlannedTensor(info, decisions[name], stored, shard, groups.get(name, (name,)))
+        tensor = PlannedTensor(info, decision, stored, shard, groups.get(name, (name,)))
         if used and used + tensor.stored_bytes > options.max_shard_size:
             shard, used = shard + 1, 0
             tensor = replace(tensor, shard=shard)

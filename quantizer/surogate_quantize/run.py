@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surogate_formats.checkpoint import SourceFile
 from surogate_formats.checkpoint.index import INDEX
 from surogate_formats.format import to_dict
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
@@ -105,6 +106,7 @@ def quantize(
     revision: str | None = None,
     token: str | None = None,
     keep_source: bool = False,
+    hash_source: bool = False,
     ranks: bool = False,
     watch: Watch | None = None,
     told: Callable[[str], None] | None = None,
@@ -126,6 +128,8 @@ def quantize(
         revision: branch, tag or commit on the Hub; None takes its default branch.
         token: for the Hub; None takes HF_TOKEN, else the stored login.
         keep_source: leave downloaded shards in the Hub's cache.
+        hash_source: record the SHA-256 of all bytes of every source file in the manifest: of a local checkpoint each is
+            read once more, of one on the Hub they are the Hub's.
         ranks: take part in the run of the processes that torchrun has started, all of which call this function; the
             bytes are those that one process makes.
         watch: for progress bars.
@@ -154,8 +158,9 @@ def quantize(
             engine = stack.enter_context(open_engine(device, made.options.format, threads))
             calibration = prepare_calibration(opened.checkpoint, made, engine, team.size, budget)
             settings = calibration.recorded() if calibration else {}
+            files = opened.checkpoint.hash_files() if hash_source and team.rank == 0 else opened.checkpoint.files
             identity = run_identity(opened, made, settings)
-            return _Prepared(opened, sidecars, made, engine, identity, calibration, settings, out_path.name)
+            return _Prepared(opened, sidecars, made, engine, identity, calibration, settings, files, out_path.name)
 
         job = prepared(team, prepare)
         with staged_together(team, out_path, job.identity, job.plan.shards, overwrite=overwrite) as staging:
@@ -191,6 +196,7 @@ class _Prepared:
     identity: Identity
     calibration: Calibration | None
     settings: Mapping[str, Any]
+    files: tuple[SourceFile, ...]
     out: str
 
 
@@ -266,7 +272,7 @@ def make_manifest(job: _Prepared, results: Results, sidecars: Mapping[str, str])
         tool_version=VERSION,
         source=opened.name,
         revision=opened.revision,
-        files=opened.checkpoint.files,
+        files=job.files,
         format=to_dict(options.format),
         layout=options.layout.name,
         options={**options.recorded(), **job.settings},

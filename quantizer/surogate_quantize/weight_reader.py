@@ -163,6 +163,6 @@ def named(source: Checkpoint, tensor: PlannedTensor) -> Iterator[None]:
     try:
         yield
     except (NonFiniteWeightError, OutOfRangeError) as error:
-        where = f"{source.directory / source.tensors[tensor.info.name].file}: tensor {tensor.info.name}"
+        where = f"{source.directory / source.entry(tensor.info.name).file}: tensor {tensor.info.name}"
         hint = f"repair the source, or leave it out with `skip` {tensor.module}"
         raise type(error)(f"{where}: {error}; {hint}") from None

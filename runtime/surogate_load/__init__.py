@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from surogate_load.linear import QuantizedLinear
     from surogate_load.loading import load_model
     from surogate_load.model_recipe import set_recipe
+    from surogate_load.parallel.adapter_saving import save_adapter
+    from surogate_load.parallel.preparation import prepare_for_sharding
+    from surogate_load.parallel.process_group import process_group
+    from surogate_load.parallel.shard_reading import read_shards
+    from surogate_load.parallel.sharding import fully_shard
     from surogate_load.recipes.delayed import end_step
     from surogate_load.recipes.state_file import load_scaling_state, save_scaling_state
     from surogate_load.yaml_config import from_config
@@ -29,11 +34,16 @@ __all__ = [
     "dequantize",
     "end_step",
     "from_config",
+    "fully_shard",
     "generate",
     "load_model",
     "load_scaling_state",
     "merge",
     "open_artifact",
+    "prepare_for_sharding",
+    "process_group",
+    "read_shards",
+    "save_adapter",
     "save_scaling_state",
     "set_recipe",
 ]
@@ -45,9 +55,14 @@ _HOMES = {
     "dequantize": "export.dense",
     "end_step": "recipes.delayed",
     "from_config": "yaml_config",
+    "fully_shard": "parallel.sharding",
     "generate": "generation",
     "load_model": "loading",
     "load_scaling_state": "recipes.state_file",
+    "prepare_for_sharding": "parallel.preparation",
+    "process_group": "parallel.process_group",
+    "read_shards": "parallel.shard_reading",
+    "save_adapter": "parallel.adapter_saving",
     "save_scaling_state": "recipes.state_file",
     "merge": "export.merging",
     "open_artifact": "artifact_weights",
@@ -87,3 +102,12 @@ def _register_trainer() -> None:
 
 when_imported("peft.tuners.lora.model", _register_adapter_layer)
 when_imported("transformers.trainer", _register_trainer)
+
+
+def _register_sharding() -> None:
+    from surogate_load.parallel.accelerate_hook import register
+
+    register()
+
+
+when_imported("accelerate.accelerator", _register_sharding)

@@ -59,10 +59,14 @@ def verify(artifact: str, against: str | None) -> None:
 
     The manifest records them. The first tensor or file that differs is named, and the exit status is 1.
     """
+    from surogate_formats.checkpoint.errors import shown
     from surogate_load.local import open_local
 
     with open_local(artifact) as opened:
         click.echo(f"{artifact}: {opened.verify()} tensors are as they were written")
+        if opened.checkpoint.unused:
+            names = ", ".join(map(shown, opened.checkpoint.unused))
+            click.echo(f"Warning: {artifact}: safetensors files that are no part of it: {names}", err=True)
         if against is not None:
             from surogate_load.verification import verify_against
 
@@ -135,6 +139,8 @@ def merge(artifact: str, adapter: str, out: str, dtype: str | None, requantize: 
 
         found = merge_requantized(artifact, adapter, out, dtype)
         click.echo(json.dumps({**asdict(found), "out": out}, indent=2)) if json_mode else print_rows(found.lines())
+        if found.warning is not None:
+            click.echo(f"Warning: {found.warning}", err=True)
         return
     from surogate_load.export.merging import merge as export
 

@@ -18,7 +18,7 @@ class UnsupportedModuleError(ArtifactError):
 
 
 class PackedExpertsError(UnsupportedModuleError):
-    """transformers merges quantized weights into one parameter when it loads the model: experts, mostly."""
+    """Packed experts that can't be loaded packed here, or that transformers would read wrongly."""
 
 
 class UnsupportedDeviceError(SurogateError):
@@ -69,8 +69,8 @@ class SourceMissingError(UsageError):
     """A YAML file names no model, and none was given."""
 
 
-class NotDownloadedError(UsageError):
-    """A path names no directory, but could name a repository on the Hub."""
+class NoSuchSourceError(UsageError):
+    """A path names no directory, and can't be the name of a repository on the Hub."""
 
 
 class NotPackedError(UsageError):
@@ -107,3 +107,15 @@ class UnreadableStateError(UsageError):
 
 class NoTokenizerError(UsageError):
     """An artifact has no tokenizer that can be loaded, or none with a chat template."""
+
+
+class ShardedWeightError(UsageError):
+    """A packed weight is wanted where only this rank's rows of it are."""
+
+
+class UnsupportedShardingError(UsageError):
+    """A wrapper, or the way it is called, can't divide a packed model between ranks."""
+
+
+class RankLostError(SurogateError):
+    """Another rank has ended, or hasn't answered within the timeout."""

@@ -17,21 +17,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from surogate_formats.checkpoint import TensorInfo
 from surogate_formats.layouts import Layout, layout_of_config
+from surogate_formats.layouts.surogate import METHOD, METHODS
 from surogate_formats.packed_weights import ACTIVATION_SCALES, find_packed_weights
 from surogate_load.errors import MismatchedModelError, UnsupportedModuleError
+from surogate_load.experts.conversion import ExpertsConverter
+from surogate_load.experts.module import QuantizedExperts
+from surogate_load.experts.plug_in import PackedExperts
+from surogate_load.experts.storing import ExpertsStore
+from surogate_load.fused.footprint import count_once
 from surogate_load.fused.projections import fuse_projections
 from surogate_load.linear import QuantizedLinear
 from surogate_load.loss.fused_head import fuse_head
-from surogate_load.packed_names import packed_modules, read_infos, reader
+from surogate_load.packed_names import packed_modules, read_infos, reader, stored_name
 from surogate_load.recoding import as_stored, must_restore, restores, restoring
 from surogate_load.saving import Origin, record_saves
 from surogate_load.stored_specs import stored_specs
 from surogate_load.transformers_readers import watch_readers
 from surogate_load.weight import NAMES, WeightKind
 
-METHOD = "surogate"
-
-OWN_METHODS = (METHOD, "modelopt")
+OWN_METHODS = (*METHODS, "modelopt")
 """The `quant_method`s of config.json that transformers leaves to this plug-in."""
 
 _STORED_AS = "stored_as"
@@ -72,7 +76,14 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         self._stored_format = self.format
         self._packed: set[str] = set()
         self._stored_names: dict[str, str] = {}
+        self._experts = PackedExperts(self.layout, self.format)
+        self._dtypes: dict[str, torch.dtype] = {}
         self.origin: Origin | None = None
+
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """The name on disk of every packed linear, by its name in the model."""
+        return self._stored_names
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the packed tensors as they are."""
@@ -92,6 +103,8 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         self, converter: WeightRenaming | WeightConverter, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
         """Packed tensors keep their dtype whatever the model's."""
+        if isinstance(converter, ExpertsConverter):
+            return None
         if restores(converter):  # every weight; codes alone have one byte in the model
             return None if dtype is None or dtype.itemsize == 1 else super().get_new_dtype(None, param, dtype)
         if self._packed.intersection(converter.target_patterns):
@@ -103,21 +116,32 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         """Restores the parts of layouts whose names are no parameter's."""
         return restoring(self.layout, self.format)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Has tensors of packed experts stacked, before any converter of the model's finds them."""
+        found: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        return [*self._experts.converters(), *found]
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The artifact's tensors: what `state_dict` holds without the recipe's scaling state."""
         states = {f"{name}.recipe." for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
         tensors = model.state_dict()
         owner = {name: name.partition(".recipe.")[0] + ".recipe." for name in tensors}
         packed = {name: tensor for name, tensor in tensors.items() if owner[name] not in states}
+        packed = ExpertsStore(self.layout, self.format, self._source_dtypes()).as_stored(model, packed)
         return as_stored(self.layout, self.format, packed, dict(self._layers(model))), {}
+
+    def _source_dtypes(self) -> dict[str, str]:
+        """The safetensors dtype of each weight's source by its name on disk."""
+        records = self.origin.manifest.tensors if self.origin and self.origin.manifest else {}
+        return {name: record.dtype for name, record in records.items()}
 
     def _layers(self, model: nn.Module) -> Iterator[tuple[str, tuple[QuantizedLinear, str]]]:
         """Every packed layer by name, with the safetensors dtype of its source."""
-        records = self.origin.manifest.tensors if self.origin and self.origin.manifest else {}
+        dtypes = self._source_dtypes()
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
-                record = records.get(f"{self._stored_names.get(name, name)}.weight")
-                yield name, (layer, record.dtype if record else NAMES[layer.compute_dtype])
+                stored = f"{self._stored_names.get(name, name)}.weight"
+                yield name, (layer, dtypes.get(stored, NAMES[layer.compute_dtype]))
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         infos = read_infos(kwargs["checkpoint_files"])
@@ -125,7 +149,10 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         self.format, self._stored_format = found.format, found.stored or found.format
         _, companion, *_ = self.layout.suffixes[self.format.name].values()
         dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]
-        for stored, module in packed_modules(model, infos, companion):
+        self._experts = PackedExperts(self.layout, self.format)
+        self._experts.place(model, infos, companion, self._stored_format, dtype)
+        self._packed |= self._experts.parameters
+        for stored, module in packed_modules(model, infos, companion, self._experts.weights):
             layer = self._replacement(model, stored, module, dtype, infos)
             parent, _, child = module.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
@@ -135,22 +162,33 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
             raise MismatchedModelError(
                 f"config.json declares {self.format.name} weights, but the files hold none; quantize again"
             )
+        self._dtypes = {name: each.dtype for name, each in model.named_parameters() if name not in self._packed}
         self._pass_over_unused(model, infos)
         _untie(model, self._stored_names)
         self.origin = Origin.read(kwargs["checkpoint_files"][0], self._packed)
         record_saves()
+        count_once()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, (QuantizedLinear, QuantizedExperts)):
                 for name in module.packed_names:
                     module.get_parameter(name).requires_grad_(False)
+        self._cast_renamed(model)
         if must_restore(self.layout, self.format):  # saving stores by itself what these restored
             conversions: Any = model._weight_conversions
             model._weight_conversions = [each for each in conversions if not restores(each)]  # type: ignore[assignment]
         fuse_projections(model)
         fuse_head(model)
         return model
+
+    def _cast_renamed(self, model: nn.Module) -> None:
+        """Transformers 5.17 leaves kept tensors that it renames, Mixtral's routers, in the dtype of the files."""
+        on_disk = stored_name(model)
+        for name, parameter in model.named_parameters():
+            wanted = self._dtypes.get(name, parameter.dtype)
+            if wanted != parameter.dtype and parameter.is_floating_point() and on_disk(name) != name:
+                parameter.data = parameter.data.to(wanted)
 
     def _pass_over_unused(self, model: nn.Module, infos: dict[str, TensorInfo]) -> None:
         """What is said about activations outside of packed weights has no place in the model, and needs none."""

@@ -29,7 +29,7 @@ _SNAPSHOTS, _MODELS = "snapshots", "models--"
 
 @dataclass(frozen=True)
 class Repository:
-    """A packed checkpoint's repository at one commit; `resolve` makes it.
+    """A model's repository at one commit; `resolve` makes it.
 
     Attributes:
         api: with the token.
@@ -46,11 +46,17 @@ class Repository:
     offline: bool
 
     @classmethod
-    def resolve(cls, name: str, revision: str | None, token: str | None) -> Repository:
+    def resolve(cls, name: str, revision: str | None, token: str | None, *, packed: bool = True) -> Repository:
         """Asks the Hub, or offline the cache, which commit a revision is, and what is in it.
 
+        Args:
+            name: the repository's.
+            revision: branch, tag or commit; None takes the default branch.
+            token: for the Hub; None takes HF_TOKEN or the stored login.
+            packed: whether a model must be quantized in any way.
+
         Raises:
-            NotPackedError: a model that isn't quantized in any way.
+            NotPackedError: it isn't.
             SurogateError: see `surogate_formats.hub_text`.
         """
         from huggingface_hub import HfApi
@@ -66,8 +72,18 @@ class Repository:
                 offline, directory = True, _snapshot(api, name, revision, {CONFIG})
                 sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
         repository = cls(api, name, directory, sizes, offline)
-        repository._check_packed()
+        if packed and not repository.is_packed:
+            raise NotPackedError(
+                f"{name}: is on the Hub, and not packed: surogate-quantize {name} --format nf4 --out "
+                f"{name.rpartition('/')[2]}-nf4 makes an artifact of it (a dense checkpoint is for transformers)"
+            )
         return repository
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the model is quantized in any way, or has no config.json: opening it says then what is wrong."""
+        declared = MANIFEST_NAME in self.sizes or SIDECAR in self.sizes
+        return declared or CONFIG not in self.sizes or _declares(self.directory / CONFIG)
 
     @property
     def commit(self) -> str:
@@ -86,9 +102,8 @@ class Repository:
 
     def small_files(self) -> set[str]:
         """What stands beside the weights, with neither weights nor code in it, and what the manifest records."""
-        manifest = self.directory / MANIFEST_NAME
-        recorded = Manifest.from_json(manifest.read_bytes(), str(manifest)).sidecars if manifest.is_file() else ()
-        return {*filter(_goes_along, self.sizes), *recorded}
+        manifest = Manifest.beside(self.directory / MANIFEST_NAME)
+        return {*filter(_goes_along, self.sizes), *(manifest.sidecars if manifest else ())}
 
     def download(self, files: Collection[str]) -> Path:
         """Gets files into the cache; offline, sees that they are there. Returns the snapshot's directory.
@@ -104,14 +119,9 @@ class Repository:
         with hub_errors(self.name), quiet_hub(bars=sys.stderr.isatty()):
             return _snapshot(self.api, self.name, self.commit, files)
 
-    def _check_packed(self) -> None:
-        declared = MANIFEST_NAME in self.sizes or SIDECAR in self.sizes
-        if declared or CONFIG not in self.sizes or _declares(self.directory / CONFIG):
-            return  # without a config.json, opening it says what is wrong
-        raise NotPackedError(
-            f"{self.name}: is on the Hub, and not packed: surogate-quantize {self.name} --format nf4 --out "
-            f"{self.name.rpartition('/')[2]}-nf4 makes an artifact of it (a dense checkpoint is for transformers)"
-        )
+    def whole(self) -> Path:
+        """The snapshot's directory, with all that a load of a packed model needs in it; see `download`."""
+        return self.download({*self.shards(), *(() if self.offline else self.small_files())})
 
 
 def download(name: str, revision: str | None, token: str | None) -> Path:
@@ -122,8 +132,7 @@ def download(name: str, revision: str | None, token: str | None) -> Path:
     Raises:
         CheckpointError, SurogateError: see `Repository`.
     """
-    repository = Repository.resolve(name, revision, token)
-    return repository.download({*repository.shards(), *(() if repository.offline else repository.small_files())})
+    return Repository.resolve(name, revision, token).whole()
 
 
 def repository_of(directory: Path) -> str | None:

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from surogate_formats.artifact import Artifact
+from surogate_formats.checkpoint.expert_slices import arrangement_of
 from surogate_formats.format import to_dict
 from surogate_formats.manifest import TensorRecord
 from surogate_formats.nvfp4 import HOW_CHOSEN
@@ -22,6 +23,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     nbytes = sum(entry.info.nbytes for entry in artifact.checkpoint.tensors.values())
     bits = sum(record.bits_per_weight * prod(record.shape) for record in packed)
     parameters = _known_parameters(artifact)
+    arrangement = arrangement_of(artifact.config)
     errors = [record.relative_error for record in packed if record.relative_error is not None]
     return {
         "format": parameters.pop("name"),
@@ -43,6 +45,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
             artifact.format,
             artifact.layout.name,
             experts=any("experts" in module.split(".") for module in artifact.modules),
+            fused_only=arrangement is not None and not arrangement.apart,
             bf16=all(record.dtype == "BF16" for record in packed),
             ours=artifact.foreign is None,
         ),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surogate_formats.format import Format, TensorSpec
 from surogate_formats.layouts import Layout
+from surogate_load.parallel.rows_of_bytes import RowsOfBytes
 from surogate_load.placement import Mover, cast_by, move_only
 from surogate_load.recipes.bf16 import Bf16
 from surogate_load.recipes.layer import RecipeLayer
@@ -17,7 +18,7 @@ from surogate_load.recipes.product import Adapter, Placement, multiply_with_adap
 from surogate_load.weight import WeightKind, empty_part
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(RowsOfBytes, nn.Linear):
     """y = x W^T + b with W [N, K] packed; differentiable in x and b, W is frozen.
 
     The packed tensors are frozen parameters under the artifact's own names (`weight`, `weight_absmax`, ...; underscores
@@ -33,6 +34,7 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: the dtype that base products take and give; PEFT makes adapters in it.
         recipe: how the layer multiplies, and its scaling state.
         shared_input: the `fused.projections.SharedInput` of which the layer is a member; empty if it is alone.
+        byte_rows: see `RowsOfBytes`.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class QuantizedLinear(nn.Linear):
             self.register_parameter("bias", None)
         self.recipe: RecipeLayer = Bf16()
         self.shared_input: tuple[Any, ...] = ()
+        self.byte_rows = {}
 
     @classmethod
     def from_parts(
@@ -97,6 +100,8 @@ class QuantizedLinear(nn.Linear):
     def parts(self) -> tuple[Tensor, ...]:
         """The parts in the format's order; the codes come first."""
         found: list[Tensor] = [self._parameters[name] for name in self.part_names]  # type: ignore[misc]
+        if self.byte_rows:
+            return tuple(map(self.from_rows, self.part_names, found))
         return tuple(part if part.dim() else part.view(1) for part in found)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -110,8 +115,12 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def W_q(self) -> Tensor:  # noqa: N802
-        """The codes. PEFT takes the weight of a module with this attribute from `dequantize()`, which DoRA needs."""
-        return self.parts[0]
+        """The codes. PEFT takes the weight of a module with this attribute from `dequantize()`, which DoRA needs.
+
+        PEFT moves adapters to where this is: of a layer on device `meta`, whose values come later, to the CPU.
+        """
+        codes: Tensor = self._parameters[self.part_names[0]]  # type: ignore[assignment]
+        return torch.empty(0, dtype=codes.dtype) if codes.is_meta else codes
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], multiplied in `compute_dtype` (under autocast in its dtype) as the recipe says."""
@@ -153,6 +162,10 @@ class QuantizedLinear(nn.Linear):
         return super().__getattr__(self.part_names[0] if name == "weight" else name)
 
     def _apply(self, fn: Mover, recurse: bool = True) -> QuantizedLinear:
+        if self.byte_rows:  # no cast changes bytes
+            self.compute_dtype = cast_by(fn, self.compute_dtype)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
         old: dict[str, Tensor] = {name: self._parameters[name] for name in self.packed_names}  # type: ignore[misc]
         packed = {name: nn.Parameter(move_only(part.data, fn), requires_grad=False) for name, part in old.items()}
         compute_dtype = cast_by(fn, self.compute_dtype)

@@ -56,7 +56,7 @@ def load_model(
             NVFP4 or FP8. Scales of activations in it aren't used, and a warning names them. Or the name of either on
             the Hub, such as `me/model-nf4`: what a load needs of it is downloaded into the Hub's cache.
         recipe: `bf16`, `fp8-hybrid` or `nvfp4`; by default the one that the artifact records.
-        device: where the model goes; by default the CPU.
+        device: where the model goes; by default the CPU. `meta` gives shapes alone, for `fully_shard` to fill.
         dtype: of what isn't quantized, and of the products; by default that of the source, but float16 for bfloat16 on
             GPUs that don't multiply that (below compute capability 8.0).
         emulate: compute fp8 and fp4 products in float32 from the same quantized operands, on any device.
@@ -83,7 +83,7 @@ def load_model(
         DeviceMemoryError: the device has no room for the model.
         UnsupportedDeviceError: the device can't run the recipe, and `emulate` is off.
         UnknownArchitectureError: transformers can't make a model from config.json.
-        PackedExpertsError, UnsupportedModuleError: a packed weight has no linear layer to live in.
+        PackedExpertsError, UnsupportedModuleError: a packed weight has no linear layer or experts to live in.
         ArtifactError, CheckpointError: the artifact is damaged, is not this model's, or is packed as we don't read.
         MissingExtraError: transformers is not installed.
     """
@@ -100,7 +100,8 @@ def load_model(
     with open_local(artifact, revision, token) as opened:
         if adapter is not None:
             check_saved(opened.path / ADAPTER)
-        check_scales(opened)
+        if str(chosen_on) != "meta":  # else each rank looks at what it reads
+            check_scales(opened)
         say_unused(opened)
         given = sort_keywords(keywords, opened.config.keys())
         chosen = choose_recipe(opened.recipe, recipe, given.switches)
@@ -111,6 +112,10 @@ def load_model(
         with memory_errors(opened, reached):
             model = _read_model(opened, reached, chosen_type or default_dtype(opened, reached), given)
             model.requires_grad_(False)
+            if reached.type == "meta":
+                from surogate_load.parallel.stored_places import remember_places
+
+                remember_places(model, opened)
             model.name_or_path = repository_of(opened.path) or model.name_or_path  # what adapters are saved with
             set_recipe(model, chosen, emulate=emulate)
     if compile is not None:

@@ -9,9 +9,10 @@ from torch import nn
 
 from surogate_formats.errors import UsageError
 from surogate_formats.recipe import Recipe, check_compatible
-from surogate_load.data_parallel import keep_from_broadcast
+from surogate_load.experts.module import DOWN, QuantizedExperts
 from surogate_load.fused.projections import fuse_projections
 from surogate_load.linear import QuantizedLinear
+from surogate_load.parallel.data_parallel import keep_from_broadcast
 from surogate_load.recipes import RECIPE_LAYERS
 from surogate_load.recipes.delayed import watch
 from surogate_load.recipes.device import check_device
@@ -24,7 +25,8 @@ _LOG = logging.getLogger("surogate_load")
 def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> None:
     """Makes every `QuantizedLinear` of a model multiply as the recipe says; its scaling state starts anew.
 
-    A packed head multiplies as under recipe bf16: logits are no place for rounded operands. Adapters that exist already
+    A packed head multiplies as under recipe bf16: logits are no place for rounded operands; so do
+    experts, for which no grouped product in FP8 or FP4 is used, and that is said. Adapters that exist already
     keep their parameters.
 
     Args:
@@ -38,18 +40,24 @@ def set_recipe(model: nn.Module, recipe: Recipe, *, emulate: bool = False) -> No
         UsageError: the model holds no quantized layer.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    if not layers:
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
+    if not layers and not experts:
         raise UsageError("set_recipe: the model holds no quantized layer; load it with surogate_load.load_model")
-    for layer in layers.values():
-        check_compatible(layer.kind.format.name, recipe)
+    kinds = [layer.kind for layer in layers.values()] + [each.projections[DOWN].kind for each in experts.values()]
+    for kind in kinds:
+        check_compatible(kind.format.name, recipe)
     if not emulate:
-        check_device(recipe, next(iter(layers.values())).parts[0].device)
+        parts = [layer.parts for layer in layers.values()] + [each.parts(DOWN) for each in experts.values()]
+        check_device(recipe, parts[0][0].device)
     notes, head = Notes(), _head(model)
+    for name in experts if recipe.name != "bf16" else ():
+        notes.add("experts multiply as under recipe bf16", name)
     for name, layer in layers.items():
         make = RECIPE_LAYERS["bf16" if layer is head else recipe.name]
         with torch.no_grad():
             made = make(PackedWeight(name, layer.kind, layer.parts), recipe, notes, emulate)
-        layer.recipe = made.to(layer.parts[0].device).train(layer.training)
+        device = layer.parts[0].device
+        layer.recipe = made.to("cpu" if device.type == "meta" else device).train(layer.training)
     for module in model.modules():
         if callable(adopt := getattr(module, "adopt_recipe", None)):
             adopt()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,13 +34,16 @@ def reader(files: Sequence[str]) -> Callable[[str], bytes]:
     return read
 
 
-def packed_modules(model: nn.Module, infos: Mapping[str, TensorInfo], companion: str) -> Iterator[tuple[str, str]]:
+def packed_modules(
+    model: nn.Module, infos: Mapping[str, TensorInfo], companion: str, inside: Collection[str] = ()
+) -> Iterator[tuple[str, str]]:
     """(name on disk, name in the model) of every module with packed tensors.
 
     Args:
         model: a transformers model; its weights may still be missing.
         infos: what the files hold.
         companion: the ending of a tensor that every packed weight has, and no other.
+        inside: names on disk of packed weights that have found a place already, in experts.
 
     Raises:
         PackedExpertsError: transformers merges packed weights into one parameter.
@@ -53,17 +57,26 @@ def packed_modules(model: nn.Module, infos: Mapping[str, TensorInfo], companion:
         if not name.endswith(f".{companion}"):
             continue
         stored = name.removesuffix(f".{companion}")
+        if stored in inside:
+            continue
         weight, merged = rename_source_key(
             f"{stored}.weight", renamings, converters, getattr(model, "base_model_prefix", None), state
         )
         if merged is not None:
             raise PackedExpertsError(
-                f"{stored} is packed, but transformers merges it into {weight}: packed experts can't be loaded by this "
-                f"version; quantize again with --skip {_skip_pattern(stored)}"
+                f"{stored} is packed, but transformers merges it into {weight} in a way that we don't know; "
+                f"quantize again with --skip {_skip_pattern(stored)}"
             )
         if weight not in state:
             raise MismatchedModelError(f"the files hold {stored}, which the model hasn't: is config.json its own?")
         yield stored, weight.removesuffix(".weight")
+
+
+def stored_name(model: Any) -> Callable[[str], str]:
+    """Gives the name on disk of a tensor of a loaded model that transformers renamed, and merged with no other."""
+    used = reversed(getattr(model, "_weight_conversions", None) or ())
+    renamings = [entry.reverse_transform() for entry in used if isinstance(entry, WeightRenaming)]
+    return lambda name: rename_source_key(name, renamings, [])[0]
 
 
 def _skip_pattern(module: str) -> str:

@@ -5,7 +5,6 @@ Adapters, their names and files are PEFT's. Ours is what the recipe decides: how
 
 from __future__ import annotations
 
-import inspect
 from functools import wraps
 from typing import Any
 
@@ -15,19 +14,13 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from surogate_load.errors import DenseInitializationError, MergeUnsupportedError
+from surogate_load.adapter_rules import MERGE, check_start
+from surogate_load.errors import MergeUnsupportedError
+from surogate_load.experts.module import QuantizedExperts
+from surogate_load.experts.peft_layer import QuantizedLoraExperts
 from surogate_load.linear import QuantizedLinear, has_hooks
 from surogate_load.recipes.product import Adapter
 from surogate_load.recipes.token_gradient import AdapterLinear
-
-_MERGE = (
-    "an adapter can't be merged into packed weights: save it with save_pretrained, then "
-    "surogate-load merge ARTIFACT ADAPTER --out DIR makes a dense checkpoint"
-)
-
-
-_FROM_DENSE = ("pissa", "olora", "corda", "loftq", "orthogonal")
-"""How PEFT's initialisations begin that read or change the base's weight."""
 
 
 class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
@@ -54,15 +47,13 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
         Raises:
             DenseInitializationError: it would start from the dense base, or change that.
         """
-        config = inspect.signature(super().update_layer).bind(adapter_name, *args, **kwargs).arguments["config"]
-        start = config.init_lora_weights
-        if isinstance(start, str) and start.lower().startswith(_FROM_DENSE):
-            raise DenseInitializationError(
-                f"init_lora_weights={start!r} is made from a dense base, and this one is packed: leave it out, or take "
-                "'gaussian'"
-            )
+        check_start(super().update_layer, adapter_name, args, kwargs)
         super().update_layer(adapter_name, *args, **kwargs)
         self._adopt(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Leaves the adapter, which has values, on the CPU where the base has none yet."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.get_base_layer().W_q.device)
 
     def adopt_recipe(self) -> None:
         """Has the base layer's present recipe choose the linears of every adapter."""
@@ -71,11 +62,11 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises `MergeUnsupportedError`: the sum of a packed weight and an adapter has no packed form."""
-        raise MergeUnsupportedError(_MERGE)
+        raise MergeUnsupportedError(MERGE)
 
     def unmerge(self) -> None:
         """Raises `MergeUnsupportedError`."""
-        raise MergeUnsupportedError(_MERGE)
+        raise MergeUnsupportedError(MERGE)
 
     def merged_weight(self) -> Tensor:
         """The dequantized weight [N, K] with the active adapters in it, as PEFT merges them, in float32."""
@@ -118,7 +109,7 @@ def _plain(linear: nn.Linear) -> nn.Linear:
 
 
 def register() -> None:
-    """Makes PEFT's choice of a LoRA layer ask us first, for `QuantizedLinear` only; a second call does nothing."""
+    """Makes PEFT's choice of a LoRA layer ask us first, for packed layers only; a second call does nothing."""
     original = lora_model.dispatch_default
     if getattr(original, "asks_surogate", False):
         return
@@ -130,6 +121,8 @@ def register() -> None:
             kwargs.pop("parameter_name", None)
             config.fan_in_fan_out = False
             return QuantizedLoraLinear(target, adapter_name, config=config, **kwargs)
+        if isinstance(base, QuantizedExperts) and kwargs.get("parameter_name") in base.projections:
+            return QuantizedLoraExperts(target, adapter_name, config=config, **kwargs)
         made: nn.Module | None = original(target, adapter_name, config=config, **kwargs)
         return made
 

@@ -6,9 +6,6 @@ from surogate_formats.format import Format
 
 _DENSE = "dense from the first forward on"
 _OWN = {"surogate_load": "stays packed, trains LoRA"}
-_NOT_THESE = {
-    "surogate_load": "not yet: packed experts that transformers merges are refused; --skip experts leaves them"
-}
 
 _WITH_US = "stays packed, where surogate_load is imported; an error elsewhere"
 
@@ -51,19 +48,15 @@ NOT_BF16: dict[tuple[str, str], dict[str, str]] = {
 """Remarks that replace those of `READERS` where the source isn't in bfloat16."""
 
 WITH_EXPERTS: dict[tuple[str, str], dict[str, str]] = {
-    ("nf4", "surogate"): {**_NOT_THESE, "transformers": "not these experts"},
-    ("nf4", "bitsandbytes"): {**_NOT_THESE, "transformers": "not these experts (an error at load)"},
+    ("nf4", "surogate"): {},
+    ("nf4", "bitsandbytes"): {"transformers": "not these experts (an error at load)"},
     ("fp4", "compressed-tensors"): {
-        **_NOT_THESE,
-        "transformers": "reads the experts wrongly, without an error; refused where surogate_load is imported",
+        "transformers": "reads the experts wrongly, without an error; refused where surogate_load is imported"
     },
-    ("fp8", "compressed-tensors"): {
-        **_NOT_THESE,
-        "vLLM": "not these experts (weight-only FP8 experts: RuntimeError)",
-    },
-    ("fp8", "hf-fp8"): _NOT_THESE,
-    ("fp4", "modelopt"): {**_NOT_THESE, "transformers": "not these experts", "vLLM": "not run"},
-    ("fp8", "modelopt"): {**_NOT_THESE, "transformers": "not these experts", "vLLM": "not run"},
+    ("fp8", "compressed-tensors"): {"vLLM": "not these experts (weight-only FP8 experts: RuntimeError)"},
+    ("fp8", "hf-fp8"): {},
+    ("fp4", "modelopt"): {"vLLM": "not run"},
+    ("fp8", "modelopt"): {"vLLM": "not run"},
 }
 """Remarks that replace both where experts are quantized."""
 
@@ -86,23 +79,44 @@ NEVER_WRITTEN: dict[tuple[str, str, str], dict[str, str]] = {
 """Layout, format and FP8's scaling to the readers of what others write and we don't."""
 
 
-def readers(fmt: Format, layout: str, *, experts: bool = False, bf16: bool = True, ours: bool = True) -> dict[str, str]:
+FUSED_ONLY = {
+    "vLLM": "not these experts, which it knows fused only (no error: they stay at random)",
+    "SGLang": "not run",
+    "TensorRT-LLM": "not run",
+    "Surogate": "not run",
+}
+"""Remarks that replace all others where only surogate_load knows a model's experts apart from each other."""
+
+
+def readers(
+    fmt: Format,
+    layout: str,
+    *,
+    experts: bool = False,
+    fused_only: bool = False,
+    bf16: bool = True,
+    ours: bool = True,
+) -> dict[str, str]:
     """Who loads this format in this layout: each reader with a remark, which may be empty.
 
     Args:
         fmt: the format.
         layout: the layout's name.
         experts: whether experts of a mixture are quantized.
+        fused_only: whether only surogate_load knows such a model's experts apart from each other.
         bf16: whether every quantized weight was bfloat16 in the source.
         ours: whether surogate-quantize wrote it.
     """
     never = NEVER_WRITTEN.get((layout, fmt.name, getattr(fmt, "scaling", "")))
     if never is not None and not ours:
-        return {**never, **(_NOT_THESE if experts else {})}
+        return dict(never)
     key = fmt.name, layout
-    return {
+    found = {
         **READERS[key],
         **({} if bf16 else NOT_BF16.get(key, {})),
         **({} if ours else OF_OTHERS.get(key, {})),
         **(WITH_EXPERTS.get(key, {}) if experts else {}),
     }
+    if experts and fused_only:
+        found.update({reader: remark for reader, remark in FUSED_ONLY.items() if reader in found})
+    return found

@@ -48,9 +48,7 @@ class Origin:
     @classmethod
     def read(cls, file: str, packed: set[str]) -> Origin:
         """The origin of a model whose weights stand in (among others) a file."""
-        path = Path(file).parent / MANIFEST_NAME
-        manifest = Manifest.from_json(path.read_bytes(), str(path)) if path.is_file() else None
-        return cls(path.parent, manifest, frozenset(packed))
+        return cls(Path(file).parent, Manifest.beside(Path(file)), frozenset(packed))
 
 
 def record_saves() -> None:
@@ -102,6 +100,11 @@ def _check(origin: Origin, model: Any, directory: Path, given: dict[str, Any]) -
             )
     if directory.resolve() == origin.directory.resolve():
         raise UnrecordedSaveError(f"{directory}: the model was loaded from there; save to another directory")
+    if any(getattr(module, "byte_rows", None) for module in model.modules()):
+        raise UnrecordedSaveError(
+            f"a base that ranks divide between them isn't saved: it stands in {origin.directory}; "
+            "surogate_load.save_adapter(model, DIR) saves the adapter"
+        )
     missing = sorted(origin.packed - model.state_dict().keys())
     if missing:
         raise UnrecordedSaveError(

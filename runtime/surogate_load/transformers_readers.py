@@ -16,9 +16,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from surogate_formats.errors import SurogateError
 from surogate_formats.layouts import LAYOUTS, QUANT_METHODS
-from surogate_formats.manifest import MANIFEST_NAME, Manifest
+from surogate_formats.manifest import Manifest
 from surogate_load.errors import PackedExpertsError
-from surogate_load.packed_names import packed_modules, read_infos
+from surogate_load.experts.finding import find_experts
+from surogate_load.packed_names import read_infos
 
 _LOG = logging.getLogger("surogate_load")
 
@@ -62,40 +63,39 @@ def check_artifact(model: nn.Module, files: Sequence[str]) -> None:
     Raises:
         PackedExpertsError: so are those of an artifact of ours.
     """
-    manifest_path = Path(files[0]).parent / MANIFEST_NAME if files else None
-    if manifest_path is None or not manifest_path.is_file():
+    manifest = Manifest.beside(Path(files[0])) if files else None
+    if manifest is None:
         _check_others(model, files)
         return
-    manifest = Manifest.from_json(manifest_path.read_bytes(), str(manifest_path))
+    directory = Path(files[0]).parent
     key = (manifest.format["name"], manifest.layout)
-    hint = "surogate_load.load_model keeps it packed"
-    try:
-        _find_modules(model, files, key)
-    except PackedExpertsError:
-        if key in WRONG_EXPERTS:
-            raise
-        hint = "surogate_load.load_model doesn't take its experts yet"
+    wrong = _wrong_experts(model, files, key)
+    if wrong is not None:
+        raise PackedExpertsError(f"{directory}: {wrong}; surogate_load.load_model reads them, packed")
     _LOG.warning(
-        "%s: from_pretrained leaves layout %s to transformers' own reader, whose layers aren't ours; %s",
-        manifest_path.parent,
+        "%s: from_pretrained leaves layout %s to transformers' own reader, whose layers aren't ours; "
+        "surogate_load.load_model keeps it packed",
+        directory,
         manifest.layout,
-        hint,
     )
 
 
 def _check_others(model: nn.Module, files: Sequence[str]) -> None:
     """A checkpoint without our manifest may still be ours: `from_pretrained` downloads none from the Hub."""
     try:
-        for key in WRONG_EXPERTS:
-            _find_modules(model, files, key)
-    except PackedExpertsError as error:
-        _LOG.warning("transformers reads these experts wrongly (huggingface/transformers#48371): %s", error)
+        found = [_wrong_experts(model, files, key) for key in WRONG_EXPERTS]
     except SurogateError:
         return  # whatever else is wrong with the files is transformers' to say
+    for wrong in filter(None, found):
+        _LOG.warning("%s; surogate_load.load_model reads them, packed", wrong)
 
 
-def _find_modules(model: nn.Module, files: Sequence[str], key: tuple[str, str]) -> None:
+def _wrong_experts(model: nn.Module, files: Sequence[str], key: tuple[str, str]) -> str | None:
+    """What transformers makes of the experts in files of a format and a layout, if it reads them wrongly."""
+    if key not in WRONG_EXPERTS:
+        return None
     name, layout = key
     *_, companion = LAYOUTS[layout].suffixes[name].values()
-    for _ in packed_modules(model, read_infos(files), companion):
-        pass
+    for found in find_experts(model, read_infos(files), companion).values():
+        return f"transformers reads {found.stored} wrongly (huggingface/transformers#48371)"
+    return None

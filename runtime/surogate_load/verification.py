@@ -78,7 +78,7 @@ def verify_against(artifact: Artifact, source: str | Path) -> Comparison:
 
 
 def _source_tensor(checkpoint: Checkpoint, name: str, record: TensorRecord) -> NDArray[np.generic]:
-    entry = checkpoint.tensors.get(name)
+    entry = checkpoint.find(name)
     if entry is None or entry.info.shape != record.shape:
         found = "is missing" if entry is None else f"is {list(entry.info.shape)}, not {list(record.shape)}"
         where = f"{shown(checkpoint.directory)}: {shown(name)}"

@@ -19,8 +19,10 @@ from surogate_formats.recipe import IncompatibleRecipeError, check_compatible
 from surogate_formats.training_config import Lora, TrainingConfig, load_training_config, parameter_keys
 from surogate_load.architecture import one_line
 from surogate_load.errors import DifferentArtifactError, MissingExtraError, SourceMissingError
+from surogate_load.hub_download import Repository
 from surogate_load.load_keywords import SWITCHES
 from surogate_load.loading import choose_recipe, load_model
+from surogate_load.local import is_on_the_hub, local_directory
 from surogate_load.quantized_cache import quantized_once
 
 _LOG = logging.getLogger("surogate_load")
@@ -34,6 +36,8 @@ def from_config(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     emulate: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
     **keywords: Any,
 ) -> Any:
     """Loads what a training file describes.
@@ -41,12 +45,14 @@ def from_config(
     Args:
         path: the YAML file. Keys that aren't ours are passed over with a warning; one that would mean something for
             what is loaded gets a line of its own.
-        model: directory of the source checkpoint, or of an artifact that is what the file asks for; by default the
-            one that the file names.
+        model: the source checkpoint, or an artifact that is what the file asks for: a directory, or a name on the Hub
+            (a directory that exists wins); by default the one that the file names.
         recipe: instead of the file's.
         device: see `load_model`.
         dtype: see `load_model`.
         emulate: see `load_model`.
+        revision: branch, tag or commit on the Hub.
+        token: for the Hub; None takes HF_TOKEN or the stored login.
         keywords: switches of the recipe, over those of the file; or else for `load_model`.
 
     Returns:
@@ -55,6 +61,7 @@ def from_config(
 
     Raises:
         SourceMissingError: neither the file nor the caller names a model.
+        NoSuchSourceError: it is no directory, and can't be a name on the Hub.
         DifferentArtifactError: the model is an artifact, and not what the file asks for.
         QuantizerFailedError: the quantizer, which runs as a process of its own, failed; so it does without a source.
         Everything that `load_training_config` and `load_model` raise.
@@ -65,23 +72,30 @@ def from_config(
         raise SourceMissingError(f"{path}: names no model; pass from_config(..., model=DIR)")
     switches = {key: keywords.pop(key) for key in SWITCHES if key in keywords}
     config = replace(config, recipe=choose_recipe(config.recipe, recipe, switches))
-    artifact = _artifact(Path(path), Path(source), config)
+    artifact = _artifact(Path(path), _found(source, revision, token), config)
     _report_keys(path, config, keywords)
     settings = asdict(config.recipe)
     loaded = load_model(artifact, settings.pop("name"), device, dtype, emulate, **settings, **keywords)
     return _with_adapter(loaded, config.lora, path) if config.lora.enabled else loaded
 
 
-def _artifact(path: Path, source: Path, config: TrainingConfig) -> Path:
+def _found(model: str | Path, revision: str | None, token: str | None) -> Path | Repository:
+    """A directory, downloaded where it is a packed one on the Hub; or a repository that is still to be quantized."""
+    if not is_on_the_hub(model):
+        return local_directory(model, revision)
+    repository = Repository.resolve(str(model), revision, token, packed=False)
+    return repository.whole() if repository.is_packed else repository
+
+
+def _artifact(path: Path, source: Path | Repository, config: TrainingConfig) -> Path:
     """The artifact that the file asks for: the source itself if it is one, else the one in the cache."""
-    packed = (source / MANIFEST_NAME).is_file()
-    if packed:
+    if isinstance(source, Path) and (source / MANIFEST_NAME).is_file():
         _check_artifact(path, source, config)
-    elif config.format_name is None:
+        return source
+    if config.format_name is None:
         raise UsageError(f"{path}: no format is on; set qlora_bnb, qlora_fp4 or qlora_fp8 to true")
-    else:
-        _check_recipe(path, config.format_name, config)
-    return source if packed else quantized_once(path, source, config)
+    _check_recipe(path, config.format_name, config)
+    return quantized_once(path, source, config)
 
 
 def _check_recipe(path: Path, format_name: str, config: TrainingConfig) -> None:

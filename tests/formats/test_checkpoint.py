@@ -236,6 +236,22 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
             np.testing.assert_array_equal(array, tensors[name])
 
 
+@pytest.mark.parametrize("missing", [("preadv",), ("preadv", "pread")], ids=["macOS 10", "Windows"])
+def test_threads_read_at_once_without_a_read_at_an_offset(
+    missing: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for call in missing:
+        monkeypatch.delattr(os, call)
+    test_threads_read_at_once(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["preadv", "pread"])
+def test_a_shard_that_shrinks_is_told_there_too(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in {"preadv", missing}:
+        monkeypatch.delattr(os, call)
+    test_shard_that_shrinks(tmp_path)
+
+
 def test_source_is_neither_changed_nor_mapped_nor_reopened(tmp_path: Path) -> None:
     path = write(tmp_path, {"model.safetensors": {"x": np.ones(3)}}) / "model.safetensors"
     before = path.stat()

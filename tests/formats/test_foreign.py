@@ -157,7 +157,10 @@ def test_configs_of_any_other_kind_are_one_line(tmp_path, declared):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("declared", [None, {}, [], "fp8", 3, {"quant_method": "surogate"}], ids=str)
+OURS = ({"quant_method": "surogate-quant"}, {"quant_method": "surogate"})
+
+
+@pytest.mark.parametrize("declared", [None, {}, [], "fp8", 3, *OURS], ids=str)
 def test_what_nobody_quantized_is_no_artifact(tmp_path, declared):
     with pytest.raises(IncompleteArtifactError, match=r"no surogate\.json"):
         Artifact.open(write(tmp_path, fp8(), declared))

@@ -110,7 +110,7 @@ CONFIGS = [
     (
         NF4(128, "none"),
         {
-            "quant_method": "surogate",
+            "quant_method": "surogate-quant",
             "format": "nf4",
             "layout_version": 1,
             "block_size": 128,

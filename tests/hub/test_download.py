@@ -1,6 +1,7 @@
 """A model on the Hub as MODEL: what is fetched, what is refused, and what a fault looks like."""
 
 import errno
+import hashlib
 import json
 import signal
 import subprocess
@@ -111,6 +112,15 @@ def test_offline_the_cache_is_enough_or_what_is_missing_is_named(hub, source, co
     shard = next((tmp_path / "hf-home").rglob("model-00003-of-00004.safetensors"))
     shard.unlink()
     refused(quantize(NAME, "--format", "nf4", "--out", "other", **offline), 1, "model-00003-of-00004.safetensors isn't")
+
+
+def test_the_hubs_hashes_are_recorded_on_request(hub, source, commit, quantize, tmp_path):
+    done = quantize("org/model", "--format", "nf4", "--out", "out", "--hash-source")
+    assert done.returncode == 0, done.stderr
+    files = json.loads((tmp_path / "out" / "surogate.json").read_text())["files"]
+    assert len(files) > 1
+    for file in files:
+        assert file["sha256"] == hashlib.sha256((source / file["name"]).read_bytes()).hexdigest()
 
 
 def test_a_revision_is_resolved_once(hub, source, commit, quantize, tmp_path):

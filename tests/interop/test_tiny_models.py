@@ -38,6 +38,8 @@ LINEARS = {
 }
 """The linears of a block by kind, written out; nothing else is quantized."""
 
+FUSED = "fused experts, which readers of layout {layout} take whole"
+
 REASONS = {
     "llama": {"norm": 5, "embedding": 1, "lm_head": 1},
     "llama-tied": {"norm": 5, "embedding": 1},
@@ -49,7 +51,7 @@ REASONS = {
     "gemma3": {"norm": 13, "embedding": 1},
     "phi3": {"norm": 5, "embedding": 1, "lm_head": 1},
     "bert": {"bias": 20, "norm": 5, "embedding": 2, "position table": 1, "task head": 2},
-    "gpt-oss": {"norm": 5, "bias": 14, "router": 2, "fused 3-D experts": 4, "1-D": 2, "embedding": 1, "lm_head": 1},
+    "gpt-oss": {"norm": 5, "bias": 14, "router": 2, FUSED: 4, "1-D": 2, "embedding": 1, "lm_head": 1},
 }
 
 FORMATS = {
@@ -61,11 +63,15 @@ FORMATS = {
     "fp8-block": ("fp8", {"scaling": "block"}),
 }
 
+TAKES_EXPERTS_APART = ("nf4", "fp4")
+"""Formats whose layout packs experts that others know fused only."""
+
 TAKES_NOTHING = {("gpt2", name) for name in FORMATS} | {("llama-odd", "fp8-block")}
 
 
-def linears(kind):
+def linears(kind, name=""):
     stack, names = LINEARS[kind]
+    names += EXPERTS if kind == "gpt-oss" and name in TAKES_EXPERTS_APART else ()
     return sorted(f"{stack}.{layer}.{name}" for layer in range(2) for name in names)
 
 
@@ -82,14 +88,18 @@ def test_every_weight_is_what_its_format_makes_of_the_source_or_kept_byte_for_by
         assert not (tmp_path / "out").exists()
         return
     quantize(tiny(kind), tmp_path / "out", options(name))
-    assert check_artifact(tiny(kind), tmp_path / "out") == linears(kind)
+    assert check_artifact(tiny(kind), tmp_path / "out") == linears(kind, name)
     with Artifact.open(tmp_path / "out") as artifact:
         kept = Counter(r.reason for r in artifact.manifest.tensors.values() if r.decision == "keep")
-        assert kept == REASONS[kind]
+        expected = {reason.format(layout=artifact.layout.name): count for reason, count in REASONS[kind].items()}
+        if kind == "gpt-oss" and name in TAKES_EXPERTS_APART:
+            del expected[FUSED.format(layout=artifact.layout.name)]
+        assert kept == expected
         declared = artifact.config["quantization_config"]
     listed = next(declared[key] for key in ("ignore", "modules_to_not_convert") if key in declared)
-    assert not set(listed) & set(linears(kind))
+    assert not set(listed) & set(linears(kind, name))
     assert "lm_head" in listed
+    assert ("model.layers.0.mlp.experts" in listed) == (kind == "gpt-oss" and name not in TAKES_EXPERTS_APART)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("gpt2", "qwen3-moe", "mixtral")])
@@ -144,13 +154,12 @@ def test_experts_share_one_amax_a_layer_and_warn(kind, tiny, tmp_path):
         assert (len(down), len(rest)) == (1, 1)
         assert down != rest
     assert any("reads fp4 experts in layout compressed-tensors wrongly" in line for line in summary.warnings)
-    (warning,) = quantize(tiny(kind), tmp_path / "nf4", options("nf4")).warnings
-    assert "surogate_load can't keep fused experts packed yet" in warning
+    assert quantize(tiny(kind), tmp_path / "nf4", options("nf4")).warnings == ()
 
 
 def test_skipped_layers_of_every_kind_stay(tiny, tmp_path):
     for kind in ("llama", "bert", "mixtral", "gpt-oss"):
         quantize(tiny(kind), tmp_path / kind, options("nf4", skip_first_layers=1))
         stack = LINEARS[kind][0]
-        expected = [name for name in linears(kind) if name.startswith(f"{stack}.1.")]
+        expected = [name for name in linears(kind, "nf4") if name.startswith(f"{stack}.1.")]
         assert check_artifact(tiny(kind), tmp_path / kind) == expected

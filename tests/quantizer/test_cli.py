@@ -43,6 +43,7 @@ OPTIONS = {
     "--revision",
     "--token",
     "--keep-source",
+    "--hash-source",
     "--max-shard-size",
     "--device",
     "--workers",
@@ -394,15 +395,14 @@ def test_a_pipe_gets_tables_without_padding_and_without_folds(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nf4",), "no model can be loaded from this artifact; --skip experts keeps them as they are"),
-        (("fp4",), "packed yet; vLLM, TensorRT-LLM and Surogate should read them (not run)"),
+        (("nf4", "--layout", "bitsandbytes"), "transformers doesn't; --skip experts keeps them as they are"),
+        (("fp4",), "surogate_load can; vLLM, TensorRT-LLM and Surogate should (not run)"),
         (
             ("fp4", "--global-scale", "amax"),
             "reads fp4 experts in layout compressed-tensors wrongly and without an error",
         ),
-        (("fp4", "--layout", "compressed-tensors"), "packed yet; vLLM and SGLang read them"),
-        (("fp8",), "experts packed yet; --scaling block gives hf-fp8"),
-        (("fp8", "--scaling", "block"), "can't keep fused experts packed yet; transformers, vLLM and SGLang read them"),
+        (("fp4", "--layout", "compressed-tensors"), "; surogate_load, vLLM and SGLang read them"),
+        (("fp8",), "can; --scaling block gives hf-fp8, which all of them read"),
     ],
 )
 def test_a_mixture_of_experts_says_who_can_load_it(tmp_path, arguments, message):
@@ -416,7 +416,7 @@ def test_a_mixture_of_experts_says_who_can_load_it(tmp_path, arguments, message)
     result = cli(source, "--format", *arguments, "--dry-run")
     assert result.exit_code == 0
     assert message in result.stderr
-    assert "experts packed" not in cli(source, "--format", *arguments, "--dry-run", "--skip", "experts").stderr
+    assert message not in cli(source, "--format", *arguments, "--dry-run", "--skip", "experts").stderr
 
 
 def test_without_a_place_for_compiled_kernels_a_run_warns_and_goes_on(source, tmp_path, monkeypatch):

@@ -122,6 +122,18 @@ def test_no_file_tells_where_when_or_by_whom_it_was_made(source, tmp_path):
     assert manifest["revision"] is None
 
 
+def test_source_bytes_are_hashed_on_request_and_nothing_else_changes(source, tmp_path):
+    make(source, tmp_path / "plain")
+    quantize(source, tmp_path / "hashed", make_options("nf4", {}), hash_source=True)
+    plain, hashed = (json.loads((tmp_path / name / "surogate.json").read_text()) for name in ("plain", "hashed"))
+    for file in hashed["files"]:
+        assert file.pop("sha256") == hashlib.sha256((source / file["name"]).read_bytes()).hexdigest()
+    assert hashed == plain
+    with Artifact.open(tmp_path / "hashed") as artifact:
+        assert all(file.sha256 for file in artifact.manifest.files)
+        artifact.verify()
+
+
 def test_a_snapshot_in_the_hubs_cache_is_known_by_its_repository_and_revision(tmp_path):
     snapshot = tmp_path / "hub" / "models--some-org--some-model" / "snapshots" / ("a" * 40)
     blobs = write_checkpoint(tmp_path / "hub" / "models--some-org--some-model" / "blobs")
@@ -375,6 +387,8 @@ def test_what_is_not_finite_in_a_weight_that_comes_in_bands_is_named_with_its_in
 def test_a_budget_that_nothing_fits_in_is_refused(source, tmp_path):
     with pytest.raises(MemoryBudgetError, match=r"`max_memory` 300 MiB: at least 376 MiB are needed"):
         make(source, tmp_path / "out", max_memory="300MiB")
+    with pytest.raises(MemoryBudgetError, match=r"`max_memory` 1000 bytes: at least 376 MiB are needed"):
+        make(source, tmp_path / "out", max_memory="1KB")
     odd = {"model.layers.0.mlp.up_proj.weight": np.ones((16384, 1031), ml_dtypes.bfloat16)}
     wide = write_checkpoint(tmp_path / "wide", odd)
     with pytest.raises(MemoryBudgetError, match=r"up_proj\.weight \[16384, 1031\] can't be cut .* it takes 546 MiB"):

@@ -5,9 +5,14 @@ import torch
 
 def losses_of_four_steps(model, ids):
     """The losses of four AdamW steps on one batch."""
+    return losses_of_steps(model, ids, 4)
+
+
+def losses_of_steps(model, ids, steps):
+    """The losses of some AdamW steps on one batch."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(4):
+    for _ in range(steps):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()

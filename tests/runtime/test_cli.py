@@ -74,7 +74,7 @@ def test_readers_know_experts_and_dtypes():
     for bf16 in (True, False):
         experts = readers(fp4, layout, experts=True, bf16=bf16)
         assert "wrongly" in experts["transformers"]
-        assert experts["surogate_load"].startswith("not yet")
+        assert experts["surogate_load"] == "stays packed, trains LoRA"
     assert "dtype=bfloat16 only" in readers(fp4, layout, bf16=False)["transformers"]
     assert "rounds the scales" in readers(fp8, layout, bf16=False)["transformers"]
     assert readers(fp8, layout, bf16=True) == readers(fp8, layout)
@@ -97,7 +97,7 @@ def test_inspect_looks_for_experts_and_dtypes(artifact, tmp_path):
     )  # fmt: skip
     path = write_artifact(transformers.MixtralForCausalLM(config).bfloat16(), tmp_path, KINDS["fp8-channel"])
     assert "RuntimeError" in found(path)["vLLM"]
-    assert "refused" in found(path)["surogate_load"]
+    assert "stays packed" in found(path)["surogate_load"]
 
 
 def test_verify(artifact, tmp_path):
@@ -106,6 +106,12 @@ def test_verify(artifact, tmp_path):
     assert "are as they were written" in found.stdout
     for path in artifact("nf4").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"of another model")
+    found = run("verify", tmp_path)
+    assert found.exit_code == 0
+    named = "safetensors files that are no part of it: model-00001-of-00002.safetensors"
+    assert found.stderr == f"Warning: {tmp_path}: {named}\n"
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
     data = bytearray((tmp_path / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(data)

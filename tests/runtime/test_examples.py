@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 from runtime.artifacts import tiny_llama, write_artifact
+from runtime.experts import ROUTERS, ByExpert, dense_model
 from runtime.layers import KINDS
 
 from surogate_load import load_model
@@ -32,9 +33,27 @@ def test_an_example_trains_and_saves(base, smollm2_dir, tmp_path, name):
     if name == "sft" and find_spec("trl") is None:
         pytest.skip("trl needs Python 3.11")
     command = [sys.executable, EXAMPLES / f"{name}.py", base, smollm2_dir / "LICENSE"]
+    trained_adapter(command, base, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_an_example_trains_on_two_ranks(base, smollm2_dir, tmp_path, name):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    trained_adapter([*launcher, EXAMPLES / f"{name}.py", base, smollm2_dir / "LICENSE"], base, tmp_path)
+
+
+def test_the_example_of_experts(smollm2_dir, tmp_path):
+    model = dense_model("qwen3", vocab_size=49152, max_position_embeddings=256)
+    mixture = write_artifact(ByExpert(model), tmp_path, KINDS["nf4"], keep=ROUTERS)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smollm2_dir / name, mixture / name)
+    trained_adapter([sys.executable, EXAMPLES / "moe.py", mixture, smollm2_dir / "LICENSE"], mixture, tmp_path, 6)
+
+
+def trained_adapter(command, base, tmp_path, matrices=14):
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     model = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
     trained = [p for name, p in model.named_parameters() if "lora_B" in name]
-    assert len(trained) == 14
+    assert len(trained) == matrices
     assert all(parameter.abs().max() > 0 for parameter in trained)

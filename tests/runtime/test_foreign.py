@@ -21,7 +21,7 @@ from surogate_formats.layouts import UnreadableConfigError
 from surogate_formats.packed_weights import UnreadableWeightError, UnscaledWeightError
 from surogate_load import load_model, open_artifact
 from surogate_load.cli import main
-from surogate_load.errors import PackedExpertsError
+from surogate_load.experts.module import QuantizedExperts
 from surogate_load.linear import QuantizedLinear
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -329,7 +329,7 @@ def test_from_pretrained_casts_no_fp8_without_its_scale(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(path)
 
 
-def test_packed_experts_are_refused_by_name(tmp_path):
+def test_packed_experts_beside_linears_that_are_not(tmp_path):
     config = transformers.MixtralConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2,
@@ -344,8 +344,8 @@ def test_packed_experts_are_refused_by_name(tmp_path):
         return "experts" in name
 
     path = write_foreign(tmp_path, "modelopt-nvfp4", model=model, packs=packs).path
-    with pytest.raises(PackedExpertsError, match="experts"):
-        load_model(path)
+    experts = load_model(path).model.layers[0].mlp.experts
+    assert type(experts) is QuantizedExperts
     with open_artifact(path) as opened:
         assert len(opened) == 6
 

@@ -301,3 +301,18 @@ def test_a_listener_hears_its_layer(artifact):
     model(IDS)
     assert len(heard) == 1
     assert isinstance(model.model.layers[0].self_attn.k_proj, QuantizedLinear)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "fp8-tensor"])
+def test_the_memory_footprint_counts_every_byte_once(artifact, kind):
+    model = load_model(artifact(kind, num_key_value_heads=4))
+    counted = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.nbytes]
+    own = {address for tensor in counted for address in range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)}
+    assert model.get_memory_footprint() == len(own)
+    assert model.get_memory_footprint() < sum(tensor.nbytes for tensor in counted)
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert model.get_memory_footprint(return_buffers=False) == parameters
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert adapted.get_memory_footprint() > len(own)
+    alone = copy.deepcopy(model)
+    assert alone.get_memory_footprint() == sum(t.nbytes for t in (*alone.parameters(), *alone.buffers()))

@@ -1,80 +1,77 @@
-"""Packed experts have no linear layer to live in: refused by name wherever they would be lost or read wrongly."""
+"""Where packed experts load, where transformers would read them wrongly, and what no loader takes: refused by name."""
 
+import json
 import logging
 
 import pytest
 import torch
 import transformers
 from runtime.artifacts import write_artifact
+from runtime.experts import IDS, ROUTERS, ByExpert, dense_model
 from runtime.layers import KINDS
+from safetensors.torch import load_file, save_file
 
 from surogate_load import load_model
-from surogate_load.errors import PackedExpertsError
+from surogate_load.errors import MismatchedModelError, PackedExpertsError, UnrecordedSaveError
+from surogate_load.experts.module import QuantizedExperts
 from surogate_load.linear import QuantizedLinear
-
-SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16,
-         "num_key_value_heads": 2, "num_experts_per_tok": 2}  # fmt: skip
-QWEN3 = (transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig,
-         {"num_experts": 4, "moe_intermediate_size": 32, "intermediate_size": 64})  # fmt: skip
-MIXTRAL = (transformers.MixtralForCausalLM, transformers.MixtralConfig,
-           {"num_local_experts": 2, "intermediate_size": 32})  # fmt: skip
-IDS = torch.arange(10).reshape(1, 10)
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     made = {}
 
-    def make_artifact(architecture, kind, keep=("mlp.gate.", "block_sparse_moe.gate.")):
-        key = (architecture[0].__name__, kind, keep)
-        if key not in made:
-            cls, config, sizes = architecture
-            torch.manual_seed(0)
-            model = cls(config(**SIZES, **sizes)).bfloat16()
-            made[key] = write_artifact(model, tmp_path_factory.mktemp("experts"), KINDS[kind], keep=keep)
-        return made[key]
+    def make_artifact(family, kind, keep=()):
+        if (family, kind, keep) not in made:
+            model, folder = ByExpert(dense_model(family)), tmp_path_factory.mktemp("experts")
+            made[family, kind, keep] = write_artifact(model, folder, KINDS[kind], keep=(*ROUTERS, *keep))
+        return made[family, kind, keep]
 
     return make_artifact
+
+
+@pytest.fixture
+def edited(make, tmp_path):
+    """A peer's checkpoint: an artifact without our manifest, whose tensors and config were changed."""
+
+    def edit(family, kind, change):
+        path = make(family, kind)
+        tensors = load_file(path / "model.safetensors")
+        config = json.loads((path / "config.json").read_text())
+        change(tensors, config)
+        save_file(tensors, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return edit
 
 
 def from_pretrained(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "fp8-channel"])
-@pytest.mark.parametrize("architecture", [QWEN3, MIXTRAL], ids=["qwen3", "mixtral"])
-def test_load_model_refuses_them_by_name(make, architecture, kind):
-    with pytest.raises(PackedExpertsError, match=r"experts\.0\.\w+ is packed, .*; quantize again with --skip experts$"):
-        load_model(make(architecture, kind))
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("architecture", [QWEN3, MIXTRAL], ids=["qwen3", "mixtral"])
-def test_from_pretrained_refuses_them_where_they_would_be_wrong(make, architecture, kind):
-    with pytest.raises(PackedExpertsError, match="experts") as caught:
-        from_pretrained(make(architecture, kind))
-    assert str(caught.value).isprintable()
-
-
-def test_from_pretrained_says_that_right_ones_are_not_packed(make, caplog):
-    path = make(QWEN3, "fp8-channel")
-    with caplog.at_level(logging.WARNING, logger="surogate_load"):
-        model = from_pretrained(path)
-    assert len(caplog.messages) == 1
-    assert "transformers' own reader" in caplog.messages[0]
-    assert "doesn't take its experts yet" in caplog.messages[0]
+@pytest.mark.parametrize("kind", ["nf4", "fp4-modelopt"])
+def test_from_pretrained_keeps_experts_packed_in_our_own_methods(make, kind):
+    model = from_pretrained(make("mixtral", kind))
+    assert type(model.model.layers[0].mlp.experts) is QuantizedExperts
     assert torch.isfinite(model(IDS).logits).all()
 
 
-def test_from_pretrained_of_a_dense_architecture_points_to_load_model(artifact, caplog):
+def test_from_pretrained_refuses_experts_that_would_be_wrong(make):
+    with pytest.raises(PackedExpertsError, match=r"mlp\.experts wrongly .*; surogate_load\.load_model reads them"):
+        from_pretrained(make("qwen3", "fp4"))
+
+
+def test_from_pretrained_points_to_load_model(make, artifact, caplog):
     with caplog.at_level(logging.WARNING, logger="surogate_load"):
+        from_pretrained(make("qwen3", "fp8-channel"))
         from_pretrained(artifact("fp4"))
-    assert [line.endswith("surogate_load.load_model keeps it packed") for line in caplog.messages] == [True]
+    assert [line.endswith("surogate_load.load_model keeps it packed") for line in caplog.messages] == [True, True]
 
 
 def test_other_peoples_checkpoints_are_never_refused_and_wrong_experts_said(make, artifact, tmp_path, caplog):
-    for kind, path, said in (("dense", artifact("fp4"), 0), ("right", make(QWEN3, "fp8-channel"), 0),
-                             ("wrong", make(QWEN3, "fp4"), 1)):  # fmt: skip
+    for kind, path, said in (("dense", artifact("fp4"), 0), ("right", make("qwen3", "fp8-channel"), 0),
+                             ("wrong", make("qwen3", "fp4"), 1)):  # fmt: skip
         folder = tmp_path / kind
         folder.mkdir()
         for name in ("config.json", "model.safetensors"):
@@ -87,6 +84,98 @@ def test_other_peoples_checkpoints_are_never_refused_and_wrong_experts_said(make
 
 
 def test_kept_experts_leave_the_rest_packed(make):
-    model = load_model(make(QWEN3, "nf4", keep=("mlp.",)))
+    model = load_model(make("qwen3", "nf4", ("mlp.",)))
     assert type(model.model.layers[0].self_attn.q_proj) is QuantizedLinear
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+@pytest.mark.parametrize("keep", [("experts.2.",), ("down_proj",)], ids=["one expert", "one projection"])
+def test_experts_are_taken_whole(make, keep):
+    with pytest.raises(PackedExpertsError, match=r"experts\.\d\.\w+ is not packed, but others are: .*--skip experts$"):
+        load_model(make("qwen3", "nf4", keep))
+
+
+def test_more_experts_than_the_model_has(edited):
+    def fewer(tensors, config):
+        config.update(dict.fromkeys({"num_experts", "num_local_experts"} & config.keys(), 3))
+        tensors["model.layers.0.mlp.gate.weight"] = tensors["model.layers.0.mlp.gate.weight"][:3].clone()
+
+    with pytest.raises(PackedExpertsError, match=r"experts\.3\.\w+ is packed, but the model has no such expert"):
+        load_model(edited("qwen3", "fp8-channel", fewer))
+
+
+def test_an_expert_unlike_the_others(edited):
+    def other_scale(tensors, config):
+        name = "model.layers.0.mlp.experts.1.up_proj.weight_scale"
+        tensors[name] = tensors[name].reshape(1)
+
+    with pytest.raises(MismatchedModelError, match=r"1\.up_proj\.weight_scale"):
+        load_model(edited("qwen3", "fp8-modelopt", other_scale))
+
+
+def test_a_class_that_computes_otherwise_is_refused(make, monkeypatch):
+    path = make("qwen3", "nf4")
+    experts = transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts
+    monkeypatch.setattr(experts, "__init__", _with_another_parameter(experts.__init__))
+    with pytest.raises(PackedExpertsError, match="Qwen3MoeExperts computes with its experts in a way"):
+        load_model(path)
+
+
+def _with_another_parameter(original):
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.temperature = torch.nn.Parameter(torch.ones(1))
+
+    return init
+
+
+def test_what_only_some_experts_have_beside_their_weights_is_not_lost_silently(edited, tmp_path):
+    def one_scale(tensors, config):
+        del tensors["model.layers.0.mlp.experts.1.up_proj.input_scale"]
+
+    model = load_model(edited("qwen3", "fp8-modelopt", one_scale))
+    with pytest.raises(UnrecordedSaveError, match="input_scale"):
+        model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.28), ("fp4", 0.29), ("fp8-tensor", 0.53)])
+def test_experts_take_the_bytes_of_the_files(make, kind, most):
+    path = make("qwen3", kind)
+    experts = load_model(path).model.layers[0].mlp.experts
+    held = sum(parameter.numel() * parameter.element_size() for parameter in experts.parameters())
+    stored = load_file(path / "model.safetensors").items()
+    assert held == sum(tensor.numel() * tensor.element_size() for name, tensor in stored if ".experts." in name)
+    assert held < most * 2 * 4 * 3 * 128 * 128
+
+
+def test_moves_and_casts_leave_packed_bytes_alone(make):
+    model = load_model(make("gpt-oss", "fp8-channel"))
+    experts = model.model.layers[0].mlp.experts
+    before = {name: experts.get_parameter(name).clone() for name in experts.packed_names}
+    order = [name for name, _ in experts.named_parameters()]
+    model.to(torch.float32)
+    assert experts.compute_dtype == experts.down_proj_bias.dtype == torch.float32
+    assert [name for name, _ in experts.named_parameters()] == order
+    for name, tensor in before.items():
+        assert experts.get_parameter(name).dtype == tensor.dtype
+        assert torch.equal(experts.get_parameter(name).view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(make, dtype):
+    path = make("qwen3", "nf4")
+    expected = load_model(path, dtype=torch.float32)(IDS).logits
+    found = load_model(path, dtype=dtype)(IDS).logits
+    assert found.dtype == dtype
+    assert torch.norm(found.float() - expected) < 0.03 * torch.norm(expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = load_model(path, dtype=torch.float32)(IDS).logits
+    assert torch.norm(mixed.float() - expected) < 0.03 * torch.norm(expected)
+
+
+def test_other_recipes_say_that_experts_multiply_in_bf16(make, caplog):
+    path = make("qwen3", "fp8-tensor")
+    with caplog.at_level(logging.WARNING, logger="surogate_load"):
+        model = load_model(path, "fp8-hybrid", emulate=True)
+    assert any("experts multiply as under recipe bf16" in line for line in caplog.messages)
     assert torch.isfinite(model(IDS).logits).all()

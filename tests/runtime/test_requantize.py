@@ -121,6 +121,13 @@ def test_a_small_change_is_lost_and_that_is_said(made, tmp_path):
     text = found.lines()["adapter"]
     assert f"changed 4 of them by {found.change:.5f}" in text
     assert f"cost {found.relative_error:.5f}, {found.relative_error / found.change:.2f} times that" in text
+    done = CliRunner().invoke(main, ["merge", str(path), str(adapter), "--out", str(tmp_path / "cli"), "--requantize"])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Warning: ")]
+    assert f"lost {found.relative_error / found.change:.2f} times what the adapter changed" in line
+    assert done.exit_code == 0
+    large = merge_requantized(path, adapt(path, tmp_path / "large"), tmp_path / "other")
+    assert large.change > large.relative_error
+    assert large.warning is None
 
 
 def test_an_adapter_of_what_is_not_packed(made, tmp_path):

@@ -18,7 +18,7 @@ from surogate_formats.version import VERSION
 from surogate_load import from_config, quantized_cache
 from surogate_load.errors import (
     DifferentArtifactError,
-    NotDownloadedError,
+    NoSuchSourceError,
     QuantizerFailedError,
     SourceMissingError,
     UnsupportedDeviceError,
@@ -109,8 +109,8 @@ def test_errors(source, cache, tmp_path):
         from_config(write(tmp_path))
     with pytest.raises(UsageError, match="no format is on"):
         from_config(write(tmp_path, "recipe: bf16\nlora: true\n"), source)
-    with pytest.raises(NotDownloadedError, match="hf download Qwen/Nothing --local-dir") as caught:
-        from_config(write(tmp_path, "model: Qwen/Nothing\n" + YAML))
+    with pytest.raises(NoSuchSourceError, match="models/of/ours: no such directory") as caught:
+        from_config(write(tmp_path, "model: models/of/ours\n" + YAML))
     assert "\n" not in str(caught.value)
     with pytest.raises(IncompatibleRecipeError, match="quantized twice"):
         from_config(write(tmp_path, recipe="nvfp4"), source)

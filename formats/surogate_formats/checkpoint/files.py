@@ -1,16 +1,22 @@
-"""Opening and reading one file of a checkpoint: regular files only, by `pread`."""
+"""Opening and reading one file of a checkpoint: regular files only, by `pread` where the system has it."""
 
 from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from surogate_formats.checkpoint.errors import NotARegularFileError, TruncatedFileError, UnreadableFileError
 
-# Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+# Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever. Windows has O_BINARY instead of the others.
+_FLAGS = os.O_RDONLY
+for _name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
+    _FLAGS |= getattr(os, _name, 0)
+
+_SEEKING = threading.Lock()
+"""Held where the system has no read at an offset, and threads would move each other's position."""
 
 
 def unreadable(where: str, error: OSError) -> UnreadableFileError:
@@ -57,12 +63,26 @@ def read_at(descriptor: int, buffer: memoryview, offset: int, where: str) -> Non
     done = 0
     while done < len(buffer):
         try:
-            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+            got = _read_some(descriptor, buffer[done:], offset + done)
         except OSError as error:
             raise unreadable(where, error) from None
         if got == 0:
             raise truncated(where, offset + len(buffer), os.fstat(descriptor).st_size)
         done += got
+
+
+def _read_some(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Reads into a buffer as much as comes; returns how many bytes."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    if hasattr(os, "pread"):  # macOS before 11
+        data = os.pread(descriptor, len(buffer), offset)
+    else:  # Windows
+        with _SEEKING:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            data = os.read(descriptor, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
 
 
 def read_whole(descriptor: int, where: str, cap: int, larger: Callable[[int], Exception]) -> bytes:

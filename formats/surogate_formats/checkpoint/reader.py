@@ -6,10 +6,12 @@ kills the process by SIGBUS.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from surogate_formats.checkpoint.errors import (
     NoNumpyTypeError,
     quoted,
 )
+from surogate_formats.checkpoint.expert_slices import ExpertSlice, slices_of
 from surogate_formats.checkpoint.files import read_at, unreadable
 from surogate_formats.checkpoint.header import Header, read_open_header
 from surogate_formats.checkpoint.index import INDEX, MAX_INDEX_SIZE, check_agreement, find_shards
@@ -37,6 +40,9 @@ CONFIG = "config.json"
 MAX_CONFIG_SIZE = MAX_TEXT
 """Largest `config.json` accepted, in bytes."""
 
+HASHED = 8 << 20
+"""Bytes of a shard that are in memory at a time while it is hashed."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -48,11 +54,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """What identifies a shard without hashing its tensors: name, size in bytes, SHA-256 of its header."""
+    """What identifies a shard: name, size in bytes, SHA-256 of its header, and of all its bytes if that is known."""
 
     name: str
     size: int
     header_sha256: str
+    sha256: str | None = None
 
 
 class _State(NamedTuple):
@@ -121,24 +128,52 @@ class Checkpoint:
         """Close."""
         self.close()
 
+    @cached_property
+    def fused_experts(self) -> Mapping[str, tuple[ExpertSlice, ...]]:
+        """Name of each tensor that holds all experts of a layer to the weights in it, which can be read by their names.
+
+        Those of the model types whose arrangement is known; see `expert_slices`.
+        """
+        return slices_of({name: entry.info for name, entry in self.tensors.items()}, self.config)
+
+    @cached_property
+    def _slices(self) -> dict[str, ExpertSlice]:
+        return {part.info.name: part for parts in self.fused_experts.values() for part in parts}
+
+    def find(self, name: str) -> Entry | None:
+        """A tensor, or one of `fused_experts`; None if there is none of this name."""
+        if name in self.tensors or name not in self._slices:
+            return self.tensors.get(name)
+        part = self._slices[name]
+        return Entry(self.tensors[part.whole.name].file, part.info)
+
+    def entry(self, name: str) -> Entry:
+        """The same; `KeyError` if there is none of this name."""
+        if (entry := self.find(name)) is None:
+            raise KeyError(name)
+        return entry
+
     def read(self, name: str) -> npt.NDArray[Any]:
-        """Read a tensor as a new C-contiguous array of its own shape and dtype.
+        """Read a tensor, or one of `fused_experts`, as a new C-contiguous array of its own shape and dtype.
 
         Raises:
             KeyError: There is no such tensor.
             NoNumpyTypeError: Its elements are not whole bytes (F4, F6); `read_into` gives its bytes.
             TruncatedFileError: The shard has shrunk since it was opened.
         """
-        info = self.tensors[name].info
+        entry = self.entry(name)
+        info = entry.info
         if info.dtype not in NUMPY:
-            where = f"{self._where}/{self.tensors[name].file}: tensor {quoted(name)}"
+            where = f"{self._where}/{entry.file}: tensor {quoted(name)}"
             raise NoNumpyTypeError(f"{where}: {info.dtype} has no numpy type; convert it to one that has")
         array = np.empty(info.shape, NUMPY[info.dtype])
         self.read_into(name, array.reshape(-1).view(np.uint8).data)
         return array
 
     def read_into(self, name: str, buffer: memoryview, offset: int = 0) -> int:
-        """Read bytes of a tensor, from byte `offset` of it, into a writable contiguous buffer.
+        """Read bytes of a tensor, or of one of `fused_experts`, from byte `offset` of it, into a writable buffer.
+
+        The buffer is contiguous.
 
         Returns:
             Bytes read: the buffer's size, or less where the tensor ends.
@@ -148,17 +183,39 @@ class Checkpoint:
             ValueError: `offset` lies outside the tensor, or the checkpoint is closed.
             TruncatedFileError: The shard has shrunk since it was opened.
         """
-        entry = self.tensors[name]
+        entry = self.entry(name)
         if not 0 <= offset <= entry.info.nbytes:
             raise ValueError(f"offset {offset} outside tensor {quoted(name)} of {entry.info.nbytes} bytes")
         if entry.file not in self._descriptors:
             raise ValueError(f"{self._where}: closed")
         count = min(buffer.nbytes, entry.info.nbytes - offset)
-        if count:
-            target = buffer.cast("B")[:count]
-            where = f"{self._where}/{entry.file}"
-            read_at(self._descriptors[entry.file], target, entry.info.start + offset, where)
+        target = buffer.cast("B")[:count]
+        if count and name not in self.tensors:
+            part = self._slices[name]
+            part.fill(lambda piece, start: self._read_at(entry.file, piece, part.whole.start + start), target, offset)
+        elif count:
+            self._read_at(entry.file, target, entry.info.start + offset)
         return count
+
+    def _read_at(self, file: str, buffer: memoryview, position: int) -> None:
+        read_at(self._descriptors[file], buffer, position, f"{self._where}/{file}")
+
+    def hash_files(self) -> tuple[SourceFile, ...]:
+        """`files` with the SHA-256 of all their bytes, for which every one of them is read.
+
+        Raises:
+            UnreadableFileError: The disk fails.
+            TruncatedFileError: A shard has shrunk since it was opened.
+        """
+        return tuple(replace(file, sha256=self._sha256(file)) for file in self.files)
+
+    def _sha256(self, file: SourceFile) -> str:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASHED, file.size)))
+        for start in range(0, file.size, HASHED):
+            piece = buffer[: min(HASHED, file.size - start)]
+            self._read_at(file.name, piece, start)
+            digest.update(piece)
+        return digest.hexdigest()
 
     def check_unchanged(self) -> None:
         """Call after the last read: what was read is of one state of every shard, or this says which is not.

@@ -11,6 +11,7 @@ from surogate_formats.layouts.bitsandbytes import BitsandbytesLayout
 from surogate_formats.layouts.compressed_tensors import CompressedTensorsLayout
 from surogate_formats.layouts.hf_fp8 import HfFp8Layout
 from surogate_formats.layouts.layout import (
+    DescribingLayout,
     Layout,
     LayoutRefusesError,
     RecodingLayout,
@@ -23,12 +24,13 @@ from surogate_formats.layouts.layout import (
     unpack,
 )
 from surogate_formats.layouts.modelopt import ModelOptLayout
-from surogate_formats.layouts.surogate import SurogateLayout
+from surogate_formats.layouts.surogate import METHODS, SurogateLayout
 from surogate_formats.registry import make_format
 
 __all__ = [
     "FOR_EXPERTS",
     "LAYOUTS",
+    "DescribingLayout",
     "Layout",
     "LayoutRefusesError",
     "RecodingLayout",
@@ -50,7 +52,7 @@ LAYOUTS: dict[str, Layout] = {
 """Layouts by the name that `--layout` takes; the first that accepts a format is its default."""
 
 QUANT_METHODS = {
-    "surogate": "surogate",
+    **dict.fromkeys(METHODS, "surogate"),
     "compressed-tensors": "compressed-tensors",
     "fp8": "hf-fp8",
     "bitsandbytes": "bitsandbytes",

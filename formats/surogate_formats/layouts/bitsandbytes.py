@@ -53,9 +53,10 @@ class BitsandbytesLayout:
 
     fixed: ClassVar[dict[str, dict[str, Any]]] = {"nf4": {"double_quant": "dynamic"}}
     expert_warnings: ClassVar[dict[str, str]] = {
-        "nf4": "surogate_load and transformers can't load packed experts in layout bitsandbytes; `skip='experts'` "
-        "keeps them as they are"
+        "nf4": "surogate_load alone loads packed experts in layout bitsandbytes, transformers doesn't; "
+        "`skip='experts'` keeps them as they are"
     }
+    splits_experts: ClassVar[bool] = False
     dtype_warnings: ClassVar[dict[str, str]] = {
         "nf4": "plain transformers multiplies in bfloat16, whatever the model's dtype"
     }

@@ -34,11 +34,11 @@ class CompressedTensorsLayout:
     fixed: ClassVar[dict[str, dict[str, Any]]] = {"fp8": {"scale_dtype": "bfloat16"}}
     expert_warnings: ClassVar[dict[str, str]] = {
         "fp4": "transformers 5.24 reads fp4 experts in layout compressed-tensors wrongly and without an error "
-        "(huggingface/transformers#48371), and surogate_load can't keep fused experts packed yet; vLLM and SGLang read "
-        "them",
-        "fp8": "vLLM can't load weight-only fp8 experts in layout compressed-tensors, and surogate_load can't keep "
-        "fused experts packed yet; `scaling='block'` gives hf-fp8, which vLLM reads",
+        "(huggingface/transformers#48371); surogate_load, vLLM and SGLang read them",
+        "fp8": "vLLM can't load weight-only fp8 experts in layout compressed-tensors, surogate_load and transformers "
+        "can; `scaling='block'` gives hf-fp8, which all of them read",
     }
+    splits_experts: ClassVar[bool] = False
     dtype_warnings: ClassVar[dict[str, str]] = {
         "fp4": "plain transformers runs fp4 in bfloat16 alone, and fails at the first forward of other models",
         "fp8": "plain transformers rounds the scales to the model's dtype, which float16 holds less exactly",

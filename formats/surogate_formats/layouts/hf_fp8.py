@@ -17,9 +17,8 @@ class HfFp8Layout:
     suffixes: ClassVar[dict[str, dict[str, str]]] = {"fp8": {"codes": "weight", "scale": "weight_scale_inv"}}
 
     fixed: ClassVar[dict[str, dict[str, Any]]] = {}
-    expert_warnings: ClassVar[dict[str, str]] = {
-        "fp8": "surogate_load can't keep fused experts packed yet; transformers, vLLM and SGLang read them"
-    }
+    expert_warnings: ClassVar[dict[str, str]] = {}
+    splits_experts: ClassVar[bool] = False
     dtype_warnings: ClassVar[dict[str, str]] = {}
     way_out: ClassVar[dict[str, str]] = {"fp8": "`scaling='channel'` takes every shape"}
     reader_warnings: ClassVar[dict[str, str]] = {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from surogate_formats.errors import ArtifactError, UsageError
 from surogate_formats.format import Format, Parts, Shape, TensorSpec
@@ -32,6 +35,9 @@ class Layout(Protocol):
 
     expert_warnings: ClassVar[dict[str, str]]
     """Format name to what its readers get wrong about mixture-of-experts weights."""
+
+    splits_experts: ClassVar[bool]
+    """Whether experts stand by themselves even of a model whose readers know them fused only, but for surogate_load."""
 
     dtype_warnings: ClassVar[dict[str, str]]
     """Format name to what its readers get wrong about models that aren't in bfloat16."""
@@ -84,6 +90,23 @@ class RecodingLayout(Protocol):
 
     def restore(self, fmt: Format, stored: Parts, shape: Shape) -> Parts:
         """The inverse of `store`; `ArtifactError` if the arrays are none that it gives."""
+        ...
+
+
+@runtime_checkable
+class DescribingLayout(Layout, RecodingLayout, Protocol):
+    """A layout that stores beside each weight what it is, since no header tells."""
+
+    def describe(self, specs: Mapping[str, TensorSpec], quant_state: bytes) -> tuple[Format, Shape, str]:
+        """Format, shape [N, K] and source dtype of a weight, by its stored tensors and the bytes that say so.
+
+        Raises:
+            ArtifactError: it is none that this layout stores; the message says what differs.
+        """
+        ...
+
+    def check_map(self, key: str, values: NDArray[np.float32]) -> None:
+        """Raises `ArtifactError` where a stored table of codes is none that the layout stores."""
         ...
 
 

@@ -47,10 +47,12 @@ class ModelOptLayout:
 
     fixed: ClassVar[dict[str, dict[str, Any]]] = {"fp4": {"step": "multiply"}}
     expert_warnings: ClassVar[dict[str, str]] = {
-        "fp4": "surogate_load can't keep fused experts packed yet; vLLM, TensorRT-LLM and Surogate should read them "
-        "(not run)",
-        "fp8": "surogate_load can't keep fused experts packed yet; vLLM and TensorRT-LLM should read them (not run)",
+        "fp4": "plain transformers can't load fp4 experts in layout modelopt, surogate_load can; vLLM, TensorRT-LLM "
+        "and Surogate should (not run)",
+        "fp8": "plain transformers can't load fp8 experts in layout modelopt, surogate_load can; vLLM and TensorRT-LLM "
+        "should (not run)",
     }
+    splits_experts: ClassVar[bool] = True
     dtype_warnings: ClassVar[dict[str, str]] = {}
     way_out: ClassVar[dict[str, str]] = {}
     reader_warnings: ClassVar[dict[str, str]] = {

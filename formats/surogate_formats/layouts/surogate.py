@@ -14,6 +14,12 @@ from surogate_formats.registry import make_format
 
 VERSION = 1
 
+METHOD = "surogate-quant"
+"""The `quant_method` of config.json: readers that don't know it print it, and it names the package to install."""
+
+METHODS = (METHOD, "surogate")
+"""All that are read: what was written, and what older versions wrote."""
+
 _OWN_KEYS = ("quant_method", "format", "layout_version", "modules_to_not_convert")
 
 
@@ -34,10 +40,8 @@ class SurogateLayout:
     }
 
     fixed: ClassVar[dict[str, dict[str, Any]]] = {}
-    expert_warnings: ClassVar[dict[str, str]] = {
-        "nf4": "surogate_load can't keep fused experts packed yet, and nobody else reads layout surogate: no model can "
-        "be loaded from this artifact; `skip='experts'` keeps them as they are"
-    }
+    expert_warnings: ClassVar[dict[str, str]] = {}
+    splits_experts: ClassVar[bool] = True
     dtype_warnings: ClassVar[dict[str, str]] = {}
     way_out: ClassVar[dict[str, str]] = {}
     reader_warnings: ClassVar[dict[str, str]] = {}
@@ -55,10 +59,10 @@ class SurogateLayout:
         return None
 
     def quantization_config(self, fmt: Format, kept: Sequence[str]) -> Config:
-        """`quant_method: surogate`, the format's parameters, and what was kept."""
+        """`quant_method: surogate-quant`, the format's parameters, and what was kept."""
         parameters: dict[str, Any] = to_dict(fmt)
         return {
-            "quant_method": "surogate",
+            "quant_method": METHOD,
             "format": parameters.pop("name"),
             "layout_version": VERSION,
             **parameters,

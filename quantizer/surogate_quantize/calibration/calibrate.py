@@ -18,7 +18,7 @@ from surogate_formats.artifact import ADAPTER
 from surogate_formats.checkpoint import Checkpoint
 from surogate_load.architecture import need_transformers
 from surogate_load.block_runner import BlockRunner, NoBlocksError
-from surogate_quantize.bands import MIB, MemoryBudgetError
+from surogate_quantize.bands import MIB, MemoryBudgetError, in_words
 from surogate_quantize.calibration.adapter import ALPHA, write_adapter
 from surogate_quantize.calibration.block_pass import BlockPass
 from surogate_quantize.calibration.saving import save
@@ -106,7 +106,7 @@ class Calibration:
         needed = BASE_CALIBRATED + sizes[""] + BLOCKS * blocks + MATRICES * 8 * widest**2
         if needed > max_memory:
             raise MemoryBudgetError(
-                f"`max_memory` {max_memory // MIB} MiB: calibrating {self._runner.name} takes about {needed // MIB} "
+                f"`max_memory` {in_words(max_memory)}: calibrating {self._runner.name} takes about {needed // MIB} "
                 "MiB (a block in float32, its solver's matrices, embeddings)"
             )
 

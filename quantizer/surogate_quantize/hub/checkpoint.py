@@ -6,14 +6,16 @@ import os
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
-from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.checkpoint import Checkpoint, SourceFile
 from surogate_formats.checkpoint.index import INDEX, MAX_INDEX_SIZE, find_shards
 from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.hub_text import not_cached
 from surogate_formats.layouts.modelopt import SIDECAR as MODELOPT_FILE
+from surogate_quantize.hub.errors import UnknownHashError
 from surogate_quantize.hub.repository import HubFile, HubRepository
 from surogate_quantize.hub.shards import HubShards, check
 from surogate_quantize.sidecars import TEMPLATES, is_carried
@@ -32,6 +34,7 @@ class HubCheckpoint(Checkpoint):
     def __init__(self, directory: Path, repository: HubRepository, files: list[HubFile], folder: Path | None) -> None:
         """See `Checkpoint.open` and `HubShards`."""
         self._changing = Lock()
+        self._hashes = {file.name: file.sha256 for file in files}
         super().__init__(directory)
         self.shards = HubShards(repository, files, folder, self._place)
         self.shards.expect(Counter(entry.file for entry in self.tensors.values()))
@@ -43,8 +46,21 @@ class HubCheckpoint(Checkpoint):
 
     def read_into(self, name: str, buffer: memoryview, offset: int = 0) -> int:
         """See `Checkpoint.read_into`; waits for the shard, and raises what stands in its way."""
-        self.shards.need(self.tensors[name].file)
+        self.shards.need(self.entry(name).file)
         return super().read_into(name, buffer, offset)
+
+    def hash_files(self) -> tuple[SourceFile, ...]:
+        """See `Checkpoint.hash_files`; these are the Hub's own, which downloads were held against.
+
+        Raises:
+            UnknownHashError: the Hub has none of a file, or can't be asked.
+        """
+        for name in self.headers:
+            if self._hashes.get(name) is None:
+                raise UnknownHashError(
+                    f"{name}: the Hub gives no SHA-256 of it (or is offline); leave out `hash_source`"
+                )
+        return tuple(replace(file, sha256=self._hashes[file.name]) for file in self.files)
 
     def _place(self, file: str, path: Path) -> None:
         """Reads a shard from `path` from now on."""

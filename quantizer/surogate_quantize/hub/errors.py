@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surogate_formats.errors import CheckpointError, SurogateError
+from surogate_formats.errors import CheckpointError, SurogateError, UsageError
 
 
 class DamagedDownloadError(CheckpointError):
@@ -11,3 +11,7 @@ class DamagedDownloadError(CheckpointError):
 
 class StoppedError(SurogateError):
     """The run ends; a download that another thread waits for is given up."""
+
+
+class UnknownHashError(UsageError):
+    """The hash of a file's bytes is asked for, and the Hub has none."""

@@ -97,7 +97,7 @@ def _opened(repository: HubRepository, folder: Path, *, keep_source: bool) -> It
     remote = sorted(file.size for file in files if repository.cached(file) is None)
 
     def file(tensor: PlannedTensor) -> str:
-        return checkpoint.tensors[tensor.info.name].file
+        return checkpoint.entry(tensor.info.name).file
 
     with checkpoint:
         try:

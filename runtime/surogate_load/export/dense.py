@@ -18,6 +18,7 @@ from surogate_formats.foreign import UNUSED
 from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_load.artifact_weights import OpenArtifact
 from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
+from surogate_load.export.fusing import fuse_experts
 from surogate_load.local import open_local
 from surogate_load.weight import TORCH_DTYPES, to_numpy
 
@@ -46,7 +47,9 @@ def dequantize(artifact: str | Path, out: str | Path, dtype: str | None = None) 
     """
     check_dtype(dtype)
     with open_local(artifact) as opened, whole_directory(Path(out)) as directory:
-        write_checkpoint(directory, list(dense_tensors(opened, dtype)), dense_config(opened, dtype), sidecars(opened))
+        config = dense_config(opened, dtype)
+        tensors = fuse_experts(list(dense_tensors(opened, dtype)), config)
+        write_checkpoint(directory, tensors, config, sidecars(opened))
     return Path(out)
 
 

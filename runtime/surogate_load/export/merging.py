@@ -17,11 +17,15 @@ from surogate_formats.artifact import Artifact
 from surogate_formats.dtypes import FLOATS
 from surogate_load.architecture import one_line
 from surogate_load.errors import MergeUnsupportedError
+from surogate_load.experts.module import QuantizedExperts
+from surogate_load.experts.peft_layer import QuantizedLoraExperts
 from surogate_load.export.adapters import check_mergeable
 from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
 from surogate_load.export.dense import check_dtype, dense_config, dense_tensors, sidecars
+from surogate_load.export.fusing import fuse_experts
 from surogate_load.loading import load_model
 from surogate_load.local import open_local
+from surogate_load.packed_names import stored_name
 from surogate_load.peft_layer import QuantizedLoraLinear
 from surogate_load.saved_adapter import check_saved, with_adapter
 from surogate_load.weight import TORCH_DTYPES, to_numpy
@@ -68,22 +72,33 @@ def merge(
         added = _added(opened, changed, dtype)
         if added:
             config["tie_word_embeddings"] = False
-        write_checkpoint(directory, [*tensors, *added], config, sidecars(opened))
+        write_checkpoint(directory, fuse_experts([*tensors, *added], config), config, sidecars(opened))
     return Path(out)
 
 
 def _changed(model: Any) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Full name of each tensor that the adapter changes, in the model without adapters, to what gives it in float32."""
+    """Full name of each tensor that the adapter changes, as the artifact calls it, to what gives it in float32."""
+    on_disk = stored_name(model.get_base_model())
     for name, module in model.named_modules():
         plain = name.removeprefix(_PREFIX)
         if isinstance(module, QuantizedLoraLinear):
-            yield f"{plain}.weight", module.merged_weight
+            yield on_disk(f"{plain}.weight"), module.merged_weight
+        elif isinstance(module, QuantizedLoraExperts):
+            yield from _merged_experts(module)
         elif isinstance(module, BaseTunerLayer):
-            yield from _merged_in_place(plain, module)
+            yield from ((on_disk(part), make) for part, make in _merged_in_place(plain, module))
         elif isinstance(module, ModulesToSaveWrapper):
             active = module.modules_to_save[module.active_adapters[0]]
             for part, parameter in active.named_parameters():
-                yield f"{plain}.{part}", partial(_float32, parameter)
+                yield on_disk(f"{plain}.{part}"), partial(_float32, parameter)
+
+
+def _merged_experts(layer: QuantizedLoraExperts) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Every expert's weights of one projection, by their names on disk."""
+    experts: QuantizedExperts = layer.get_base_layer()
+    for number in range(experts.num_experts):
+        for member, role in enumerate(experts.projections[layer.parameter_name].roles):
+            yield f"{experts.stored}.{number}.{role}.weight", partial(layer.merged_weight, number, member)
 
 
 def _merged_in_place(name: str, layer: Any) -> Iterator[tuple[str, Callable[[], Tensor]]]:

@@ -54,6 +54,17 @@ class Requantized:
     largest_error: float
     against: tuple[str, ...]
 
+    @property
+    def warning(self) -> str | None:
+        """A line where packing again lost more than the adapter changed."""
+        if not self.change or self.relative_error is None or self.relative_error <= self.change:
+            return None
+        return (
+            f"{self.out}: packing again lost {self.relative_error / self.change:.2f} times what the adapter changed: "
+            "the artifact and the adapter apart, or the dense merge (without --requantize), are nearer to what was "
+            "trained"
+        )
+
     def lines(self) -> dict[str, str]:
         """In words by title."""
         found = {
@@ -157,7 +168,7 @@ def _measure(dense: Path, out: Path, change: _Change) -> Requantized:
         errors = {f"{module}.weight": records[f"{module}.weight"].relative_error or 0.0 for module in packed.modules}
         adapted = [name for name in change.names if name in errors]
         squares = {name: _square(to_torch(merged.read(name)).float()) for name in adapted}
-        dtypes = {merged.tensors[name].info.dtype for name in errors}
+        dtypes = {merged.entry(name).info.dtype for name in errors}
     total = sum(squares.values())
     lost = sum(squares[name] * errors[name] ** 2 for name in adapted)
     return Requantized(

@@ -37,9 +37,23 @@ def fuse_projections(model: nn.Module) -> None:
                 _fuse(parent, names, members)  # type: ignore[arg-type]
 
 
+def split_projections(model: nn.Module) -> None:
+    """Has every fused group multiply one by one again; scaling state that its members share stays shared."""
+    groups = {id(shared): shared for module in model.modules() for shared in getattr(module, "shared_input", ())}
+    for shared in groups.values():
+        shared.split()
+
+
+def shared_bytes(model: nn.Module) -> int:
+    """Bytes of fused packed tensors that are their members', too."""
+    return sum(module.shared_bytes for module in model.modules() if isinstance(module, _FusedWeight))
+
+
 def _fuse(parent: nn.Module, names: Sequence[str], members: Sequence[QuantizedLinear]) -> None:
     if any(member.shared_input for member in members):
         members[0].shared_input[0].adopt_recipes()
+        return
+    if any(member.byte_rows for member in members):
         return
     alike = {(member.compute_dtype, member.bias is None) for member in members}
     devices = {part.device for member in members for part in member.parts}
@@ -83,19 +97,28 @@ class SharedInput:
         self._sizes = [member.out_features for member in members]
         self._weight = _FusedWeight(members, parts)
         parent.add_module(f"fused_{names[0]}", self._weight)
-        for member in members:
+        self._hooks: list[Any] = [
             member.register_load_state_dict_post_hook(self._weight.refresh)  # type: ignore[no-untyped-call]
+            for member in members
+        ]
         self._recipe: type[RecipeLayer] | None = recipe
         self._x: Tensor | None = None
         self._state: tuple[Any, ...] = ()
         self._results: dict[str, Tensor] = {}
         self._in_forward = False
-        parent.register_forward_pre_hook(self._begin)
-        parent.register_forward_hook(self._end)
+        self._hooks += [parent.register_forward_pre_hook(self._begin), parent.register_forward_hook(self._end)]
 
     def adopt_recipes(self) -> None:
         """Takes over the recipes that the members have been given since."""
         self._recipe = _unite(self._members)
+
+    def split(self) -> None:
+        """Leaves the members alone, each with its view of the fused weight."""
+        for hook in self._hooks:
+            hook.remove()
+        for member in self._members:
+            member.shared_input = ()
+        del self._parent._modules[f"fused_{self._names[0]}"]
 
     def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The result of one of the parent's children; None if the group can't be multiplied as one now."""
@@ -207,13 +230,22 @@ class _FusedWeight(FixedDtypeModule):
 
         Copies of a model are not: copying makes every parameter a tensor of its own.
         """
+        for member, view in self._views():
+            if member.data_ptr() != view.data_ptr():
+                member.data = view
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of them that the members' tensors are views of."""
+        return sum(view.nbytes for member, view in self._views() if member.data_ptr() == view.data_ptr())
+
+    def _views(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each member's tensors, and the part of the fused one with the same bytes."""
         for number, fused in enumerate(self.parts):
             members = [member.parts[number] for member in self._members[0]]
             if sum(member.shape[0] for member in members) != fused.shape[0] or fused[0].shape != members[0][0].shape:
                 continue
-            for member, view in zip(members, torch.split(fused, [len(member) for member in members]), strict=True):
-                if member.data_ptr() != view.data_ptr():
-                    member.data = view
+            yield from zip(members, torch.split(fused, [len(member) for member in members]), strict=True)
 
     def refresh(self, *_: Any) -> None:
         """Takes over what the members hold, after a state was loaded into them."""

@@ -16,14 +16,22 @@ _MAKE = "make_logits"
 def with_lazy_logits(output: ModelOutput, make: Callable[[], Tensor]) -> ModelOutput:
     """The output without its logits; `make` computes them, [B, T, V]."""
     entries = {name: value for name, value in output.items() if name != "logits"}
-    lazy: ModelOutput = _lazy_class(type(output))(**entries)  # type: ignore[arg-type]
-    lazy[_MAKE] = make  # an entry, since accelerate makes a new output of the entries
+    lazy: ModelOutput = _lazy_class(type(output))(**entries, make_logits=make)  # type: ignore[arg-type]
     return lazy
 
 
 @cache
 def _lazy_class(base: type) -> type:
-    return dataclass(type(base.__name__, (_LazyLogits, base), {"__module__": base.__module__}))
+    made: Any = dataclass(type(base.__name__, (_LazyLogits, base), {"__module__": base.__module__}))
+    plain = made.__init__
+
+    def init(self: Any, *args: Any, make_logits: Callable[[], Tensor] | None = None, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        if make_logits is not None:
+            self[_MAKE] = make_logits  # an entry, since accelerate, DDP and FSDP2 make a new output of the entries
+
+    made.__init__ = init
+    return made  # type: ignore[no-any-return]
 
 
 class _LazyLogits:

@@ -31,6 +31,7 @@ def command_of(manifest: Manifest) -> str:
             words += flag(manifest.format[name])
     for name, value in manifest.options.items():
         words += _option(f"--{name.replace('_', '-')}", value)
+    words += ["--hash-source"] if any(file.sha256 for file in manifest.files) else []
     return shlex.join([*words, "--out", "DIR"])
 
 

@@ -25,6 +25,8 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
     needed = NEEDED_CAPABILITY.get(recipe.name)
     if needed is None:
         return
+    if device.type == "meta":  # where the model will be filled
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     has = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if has is None or has < needed:
         found = f"has {_dotted(has)}" if has else "is no CUDA device"

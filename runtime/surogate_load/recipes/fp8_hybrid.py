@@ -188,6 +188,15 @@ class Fp8Hybrid(RecipeLayer):
         E4m3Source.unite([layer.weight for layer in members])
         return True
 
+    @property
+    def waits(self) -> bool:  # type: ignore[override]
+        """See `RecipeLayer`."""
+        return not self.weight.measured
+
+    def settle(self, weight: PackedWeight) -> None:
+        """See `RecipeLayer.settle`."""
+        self.weight.measure(weight)
+
     def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
         """See `RecipeLayer.operands`. Records amax only where a training step is under way."""
         record = self.training and torch.is_grad_enabled()

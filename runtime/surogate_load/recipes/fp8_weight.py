@@ -53,6 +53,7 @@ class E4m3Source(FixedDtypeModule):
         multiplier: float32 [1]; 1 for FP8.
         inverse: float32 [1], its reciprocal.
         one: float32 [1], the scale of codes that are taken as they stand.
+        measured: whether the power of two is the weight's.
         by_row: whether a scale of the whole weight is applied to each row, as it must be where the weight is one of
             several.
     """
@@ -62,16 +63,22 @@ class E4m3Source(FixedDtypeModule):
     one: Tensor
 
     def __init__(self, weight: PackedWeight) -> None:
-        """Finds the power of two with which a weight that isn't FP8 becomes E4M3."""
+        """Finds the power of two with which a weight that isn't FP8 becomes E4M3, if it has values yet."""
         super().__init__()
-        fmt = weight.kind.format
         multiplier = torch.ones(1)
-        if not isinstance(fmt, FP8):
-            multiplier = power_of_two_scale(largest_magnitude(weight.kind.dequantize(weight.parts, torch.float32)))
+        self.measured = isinstance(weight.kind.format, FP8)
+        if not self.measured and not weight.parts[0].is_meta:
+            multiplier, self.measured = _multiplier(weight), True
         self.register_buffer("multiplier", multiplier, persistent=False)
         self.register_buffer("inverse", 1 / multiplier, persistent=False)
         self.register_buffer("one", torch.ones(1), persistent=False)
         self.by_row = False
+
+    def measure(self, weight: PackedWeight) -> None:
+        """Finds the power of two of a weight that had no values before."""
+        self.multiplier.copy_(_multiplier(weight))
+        self.inverse.copy_(1 / self.multiplier)
+        self.measured = True
 
     def operand(self, kind: WeightKind, parts: Parts) -> E4m3Weight:
         """The operand of a weight that these parts stand for, alone or with others below it."""
@@ -84,6 +91,10 @@ class E4m3Source(FixedDtypeModule):
         least = torch.stack([source.multiplier for source in sources]).amin(0)
         for source in sources:
             source.multiplier, source.inverse, source.by_row = least, 1 / least, True
+
+
+def _multiplier(weight: PackedWeight) -> Tensor:
+    return power_of_two_scale(largest_magnitude(weight.kind.dequantize(weight.parts, torch.float32)))
 
 
 def power_of_two_scale(amax: Tensor) -> Tensor:

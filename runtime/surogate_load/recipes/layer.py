@@ -28,7 +28,16 @@ class PackedWeight:
 
 
 class RecipeLayer(FixedDtypeModule):
-    """One layer's arithmetic; scaling state lives in its buffers."""
+    """One layer's arithmetic; scaling state lives in its buffers.
+
+    Attributes:
+        waits: the recipe was made for a weight without values (on device `meta`), and must `settle`.
+    """
+
+    waits = False
+
+    def settle(self, weight: PackedWeight) -> None:
+        """Looks at the weight, which has its values by now."""
 
     def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
         """What the layer multiplies with now.

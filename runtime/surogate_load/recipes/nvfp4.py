@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from surogate_formats.nvfp4 import NVFP4
 from surogate_formats.recipe import Recipe
+from surogate_load.errors import UnsupportedShardingError
 from surogate_load.recipes.fp4_matmul import tensor_core_obstacle
 from surogate_load.recipes.fp4_operand import ActivationRounding, dequantized, quantized_activation, quantized_gradient
 from surogate_load.recipes.fp4_weight import Fp4Operand, Fp4Weights, make_weights
@@ -130,6 +131,10 @@ class Nvfp4(RecipeLayer):
 
         On tensor cores, unless emulated; what those can't multiply is emulated, and `notes` says so.
         """
+        if weight.parts[0].is_meta:
+            raise UnsupportedShardingError(
+                "recipe nvfp4 looks at the weights before they are sharded: load the model with device='cpu'"
+            )
         weights = make_weights(weight, recipe, notes)
         if emulate or not weights.fp4:
             return cls(weights, recipe, weight.name, _Fp4Product)

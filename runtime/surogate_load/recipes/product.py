@@ -127,7 +127,7 @@ class PackedLoraLinear(torch.autograd.Function):
         x, xa, lora_a, lora_b, *parts = ctx.saved_tensors
         placement, dy = ctx.placement, _rows(gradient)
         dya = _scaled_product(dy, lora_b, placement.scaling)
-        da = (dya.t() @ _rows(x)).split(placement.ranks)
+        da = torch.split(dya.t() @ _rows(x), list(placement.ranks))
         db = _diagonal_blocks(dy.t() @ xa, placement)
         dx = None
         if ctx.needs_input_grad[0]:

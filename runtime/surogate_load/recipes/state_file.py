@@ -30,6 +30,7 @@ def save_scaling_state(model: nn.Module, directory: str | Path) -> Path | None:
         The file, `surogate_scaling.safetensors`; None, and no file, where the recipe has no state.
     """
     state = {name: tensor.contiguous() for name, tensor in _state(model).items()}
+    state |= {f"{name}.seed": noise.saved_seed() for name, noise in _noises(model)}
     path = Path(directory) / STATE_NAME
     if not state:
         return None
@@ -63,7 +64,17 @@ def load_scaling_state(model: nn.Module, directory: str | Path) -> bool:
         )
     for name, tensor in own.items():
         tensor.copy_(saved[name])
+    _swap_seeds(model)
     return True
+
+
+def _swap_seeds(model: nn.Module) -> None:
+    for _, noise in _noises(model):
+        noise.seed.copy_(noise.saved_seed())
+
+
+def _noises(model: nn.Module) -> list[tuple[str, Noise]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Noise)]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -80,6 +91,7 @@ def register() -> None:
     from transformers import Trainer
 
     save, load = Trainer._save, Trainer._load_from_checkpoint
+    save_optimizer = Trainer._save_optimizer_and_scheduler
     if getattr(save, "asks_surogate", False):
         return
 
@@ -87,6 +99,12 @@ def register() -> None:
     def _save(self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         save(self, output_dir, *args, **kwargs)
         save_scaling_state(self.model, output_dir or self.args.output_dir)
+
+    @wraps(save_optimizer)
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        save_optimizer(self, output_dir)
+        if self.args.should_save:  # with sharded checkpoints `_save` isn't called
+            save_scaling_state(self.model, output_dir)
 
     @wraps(load)
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -96,3 +114,4 @@ def register() -> None:
 
     _save.asks_surogate = True  # type: ignore[attr-defined]
     Trainer._save, Trainer._load_from_checkpoint = _save, _load_from_checkpoint
+    Trainer._save_optimizer_and_scheduler = _save_optimizer_and_scheduler

@@ -9,20 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from surogate_load.experts.module import DOWN, QuantizedExperts
+from surogate_load.ops.experts import in_one_launch
 from surogate_load.step.checkpointing import why_not_captured
 
 
 def why_eager(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
     """Why a batch can't be captured; None if it can."""
     parameter = next(model.parameters())
-    shared = isinstance(model, DistributedDataParallel) or type(parameter.data).__name__ == "DTensor"
+    sharded = any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
     obstacles = {
         f"the model is on {parameter.device}, CUDA graphs are not": parameter.device.type != "cuda",
-        "the model is shared by several processes": shared,
+        "the model is shared by several processes": sharded or isinstance(model, DistributedDataParallel),
         "a mask or position_ids, whose meaning must be read on the host": _has(batch, "attention_mask", "position_ids"),
         "the model is not being trained": not (model.training and torch.is_grad_enabled()),
         "a batch without labels": batch.get("labels") is None,
         "a batch with more than tensors and plain values": any(map(_is_container, batch.values())),
+        "experts whose products wait for the device: bfloat16 on compute capability 9.0 or 10 doesn't": _loops(model),
         "hooks on gradients, which a graph doesn't call": _has_gradient_hooks(model),
     }
     return next((reason for reason, there in obstacles.items() if there), None) or why_not_captured(model)
@@ -34,6 +37,11 @@ def _has(batch: Mapping[str, Any], *names: str) -> bool:
 
 def _is_container(value: Any) -> bool:
     return not (value is None or isinstance(value, (Tensor, bool, int, float, str)))
+
+
+def _loops(model: nn.Module) -> bool:
+    experts = (module for module in model.modules() if isinstance(module, QuantizedExperts))
+    return any(not in_one_launch(each.parts(DOWN)[0].device, each.compute_dtype) for each in experts)
 
 
 def _has_gradient_hooks(model: nn.Module) -> bool:

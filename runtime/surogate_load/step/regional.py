@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo import config as dynamo
 from torch._functorch import config as functorch
@@ -23,6 +24,9 @@ VARIANTS = 16
 
 SAVED_IF_LARGE = 0.95
 """What of a large layer's activations is saved by default; at 8B that takes 6 GB off 28."""
+
+
+_SETTINGS = "_surogate_compiled"
 
 
 def compile_layers(model: nn.Module, activation_memory: float | None = None, **options: Any) -> None:
@@ -47,6 +51,16 @@ def compile_layers(model: nn.Module, activation_memory: float | None = None, **o
     for layer in layers:
         layer.compile(**{"fullgraph": True, **options})
         layer._compiled_call_impl = _around(layer, layer._compiled_call_impl, activation_memory)  # type: ignore[arg-type]
+        vars(layer)[_SETTINGS] = {"fullgraph": True, **options}, activation_memory
+
+
+def compiled_inside_hooks(layer: nn.Module) -> None:
+    """Has a layer that `compile_layers` compiled run its hooks outside of the compiled code, as FSDP's must."""
+    if layer._compiled_call_impl is None or _SETTINGS not in vars(layer):
+        return
+    options, activation_memory = vars(layer)[_SETTINGS]
+    layer._compiled_call_impl = None
+    layer.forward = _around(layer, torch.compile(layer.forward, **options), activation_memory)
 
 
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -80,9 +94,13 @@ def _around(layer: nn.Module, call: Callable[..., Any], activation_memory: float
 def _configured(activation_memory: float) -> Iterator[None]:
     """Settings while a layer is compiled; torch's own `patch` would take four times as long, at every call."""
     before = functorch.activation_memory_budget, dynamo.recompile_limit
+    ranks = dynamo.optimize_ddp, dynamo.skip_fsdp_guards
     functorch.activation_memory_budget = activation_memory
     dynamo.recompile_limit = max(before[1], VARIANTS)
+    # A layer is too small to be cut at DDP's buckets, and layers under FSDP differ as they do without it.
+    dynamo.optimize_ddp, dynamo.skip_fsdp_guards = False, False
     try:
         yield
     finally:
         functorch.activation_memory_budget, dynamo.recompile_limit = before
+        dynamo.optimize_ddp, dynamo.skip_fsdp_guards = ranks

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from surogate_load.step.micro_step import MicroStep
+
+_LOG = logging.getLogger("surogate_load")
 
 
 @cache
@@ -25,6 +28,7 @@ def captured(trainer: type) -> Any:
 
 class _CapturedTrainer:
     _micro_step: MicroStep | None = None
+    _said = False
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if not self._can_capture():
@@ -51,5 +55,12 @@ class _CapturedTrainer:
             and getattr(self, "compute_loss_func", None) is None
             and getattr(self, "label_smoother", None) is None
             and getattr(accelerator, "scaler", None) is None
-            and accelerator.distributed_type.name == "NO"
+            and not self._on_several_ranks()
         )
+
+    def _on_several_ranks(self) -> bool:
+        several: bool = self.accelerator.distributed_type.name != "NO"  # type: ignore[attr-defined]
+        if several and not self._said:
+            self._said = True
+            _LOG.warning("captured(Trainer) runs eagerly: the model is shared by several processes")
+        return several

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from surogate_load.experts.module import QuantizedExperts
 from surogate_load.linear import QuantizedLinear
 from surogate_load.placement import FixedDtypeModule
 
@@ -24,16 +25,18 @@ def keep_from_broadcast(model: nn.Module) -> None:
 
 
 def _names(model: nn.Module) -> Iterator[str]:
-    """With the name that PEFT gives to what an adapter is put around."""
-    packed = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    """With the names that PEFT gives to what an adapter is put around, or two: experts have two projections."""
+    kinds = (QuantizedLinear, QuantizedExperts)
+    packed = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     for name, module in model.named_modules():
-        own = module.packed_names if isinstance(module, QuantizedLinear) else ()
+        own = module.packed_names if isinstance(module, kinds) else ()
         buffers = module._buffers if isinstance(module, FixedDtypeModule) else ()
         layer = next((owner for owner in _owners(name) if owner in packed), None)
         for tensor in (*own, *buffers):
             yield f"{name}.{tensor}"
             if layer is not None:
                 yield f"{layer}.base_layer{name[len(layer) :]}.{tensor}"
+                yield f"{layer}.base_layer.base_layer{name[len(layer) :]}.{tensor}"
 
 
 def _owners(name: str) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""The experts of a mixture, packed: stacked parameters, grouped products, PEFT's adapters on them."""

@@ -1,0 +1,222 @@
+"""Two gloo ranks, under DDP and FSDP2: one rank's training with the same global batch, packed bytes where they belong.
+
+All ranks are started once, and go through `parallel_ranks.CHECKS`; the tests look at what they found.
+"""
+
+import pytest
+import torch
+from runtime.lora_steps import losses_of_steps
+from runtime.parallel_ranks import CHECKS, DDP, IDS, KINDS, LAYERS, STEPS, adapted, join, resume, run_ranks
+
+from surogate_load import load_model, open_artifact, prepare_for_sharding
+from surogate_load.errors import UnsupportedShardingError
+from surogate_load.linear import QuantizedLinear
+from surogate_load.parallel.byte_rows import ByteRows, byte_rows
+
+RANKS = 2
+CLOSE = 1e-5
+"""The order of fp32 sums differs."""
+
+
+@pytest.fixture(scope="module")
+def paths(artifact):
+    made = {kind: artifact(kind, num_key_value_heads=4) for kind in {**KINDS, **DDP} if kind != "odd"}
+    odd = artifact("nf4", num_key_value_heads=4, intermediate_size=131, attention_bias=True, mlp_bias=True)
+    return {**made, "odd": odd, "one layer": artifact("nf4", num_hidden_layers=1)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def found(paths, folder):
+    return run_ranks(RANKS, folder, paths, [check.__name__ for check in CHECKS])
+
+
+@pytest.fixture(scope="module")
+def alone(paths):
+    """Losses and adapters of one rank by format and recipe."""
+
+    def train(kind, recipe):
+        model = adapted(paths[kind], recipe)
+        losses = losses_of_steps(model, IDS, STEPS)
+        return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    wanted = {*KINDS.items(), *DDP.items(), ("one layer", "bf16")}
+    return {(kind, recipe): train(kind, recipe) for kind, recipe in wanted}
+
+
+@pytest.mark.parametrize("kind", DDP)
+def test_two_ranks_under_ddp_train_as_one(found, alone, kind):
+    first, second = (rank[kind] for rank in found["ddp"])
+    assert all(torch.equal(parameter, second["trained"][name]) for name, parameter in first["trained"].items())
+    assert all(torch.equal(*pair) for pair in zip(first["histories"], second["histories"], strict=True))
+    losses, _ = alone[kind, DDP[kind]]
+    tolerance = CLOSE if DDP[kind] == "bf16" else 2e-2  # dy of half a batch is another number of fp8 steps
+    assert first["losses"] == pytest.approx(losses, rel=tolerance)
+    assert not [name for name in first["synced"] if "recipe" in name or "fused" in name]
+    assert not [name for name in first["synced"] if name.endswith(("weight_absmax", "_proj.base_layer.weight"))]
+
+
+def test_reduce_amax_is_one_all_reduce(found):
+    first, second = found["reduce_amax"]
+    assert first["reduced"] == second["reduced"] == [2 * LAYERS]
+    assert first[True].numel() == 2 * LAYERS
+    assert torch.equal(first[True], second[True])
+    assert not torch.equal(first[False], second[False])
+    assert first[True][0].item() == second[True][0].item() == second[False][0].item() == 448 / 4
+    assert first[False][0].item() == 448
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_under_fsdp2_train_as_one(found, alone, kind):
+    losses, trained = alone[kind, KINDS[kind]]
+    exact = KINDS[kind] == "bf16"
+    for rank in found["train"]:
+        assert rank[kind]["losses"] == pytest.approx(losses, rel=CLOSE if exact else 2e-2)
+        assert rank[kind]["trained"].keys() == trained.keys()
+        for name, parameter in trained.items() if exact else ():
+            torch.testing.assert_close(rank[kind]["trained"][name], parameter, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "odd", "fp4", "fp8-modelopt", "nf4-none"])
+def test_a_rank_keeps_and_reads_its_half(found, paths, kind):
+    """Of fp8-block the tiny weights are one tile or two each, which no rank may cut."""
+    dense = 64 * 128 * 2 * 2 + 5 * 128 * 2  # embedding, head and norms
+    dense += 2 * (5 * 128 + 2 * 131) * 2 if kind == "odd" else 0  # biases
+    for rank in found["train"]:
+        assert rank[kind]["packed"] == pytest.approx(packed_bytes(paths[kind]), rel=1e-3)  # paddings of scales
+        assert rank[kind]["kept"] == pytest.approx(rank[kind]["packed"] / RANKS, rel=0.01)
+        assert rank[kind]["read"] == pytest.approx((rank[kind]["packed"] + dense) / RANKS, rel=0.01)
+
+
+def packed_bytes(path):
+    with open_artifact(path) as opened:
+        return sum(part.nbytes for weight in opened.values() for part in weight.parts().values())
+
+
+@pytest.mark.parametrize("way", ["kept gathered", "loaded whole", "checkpointed", "offloaded", "accumulated"])
+def test_ways_of_calling_it_train_alike(found, alone, way):
+    losses, _ = alone["one layer", "bf16"]
+    assert found["options"][0][way] == pytest.approx(losses, rel=CLOSE)
+
+
+def test_torchs_own_fully_shard_on_a_prepared_model(found, alone):
+    assert found["prepared"][0] == pytest.approx(alone["fp4", "bf16"][0], rel=CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8-modelopt"])
+def test_a_policy_casts_nothing_packed(found, alone, paths, kind):
+    name, parts = found["options"][0][f"bytes {kind}"]
+    with open_artifact(paths[kind]) as opened:
+        stored = opened[name].parts()
+    for part, expected in zip(parts, stored.values(), strict=True):
+        assert part.dtype == expected.dtype
+        assert torch.equal(part.view(torch.uint8), expected.reshape(part.shape).view(torch.uint8))
+    assert found["options"][0][f"policy {kind}"] == pytest.approx(alone[kind, "bf16"][0], rel=1e-2)
+
+
+def test_two_ranks_save_and_one_goes_on(found, paths, folder):
+    saved = found["state"][0]
+    assert all("lora_" in name for name in saved["saved"])
+    join(0, 1, folder)
+    try:
+        resumed = resume(paths["nf4"], folder)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert resumed["checkpoint"] == pytest.approx(saved["loss"], rel=CLOSE)
+    assert resumed["adapter"] == pytest.approx(saved["loss"], rel=CLOSE)
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp2", "ddp"])
+def test_compiled_layers_train_alike(found, alone, wrapper):
+    assert found["compiled"][0][wrapper] == pytest.approx(alone["one layer", "bf16"][0], rel=CLOSE)
+
+
+def test_trainer_under_accelerates_fsdp2_config(found, alone):
+    losses, _ = alone["nf4", "bf16"]
+    for rank in found["trainer"]:
+        assert rank["losses"] == pytest.approx(losses, rel=1e-4)
+        assert rank["resumed"] == pytest.approx(losses, rel=1e-4)  # the first from the log
+        kept, packed = rank["losses, kept"]
+        assert kept == pytest.approx(packed / RANKS, rel=0.01)
+        assert "adapter_model.safetensors" in rank["saved"]
+
+
+def test_recipes_on_two_ranks(found):
+    first, second = found["recipes"]
+    for key in ("histories", "scales", "multipliers"):
+        assert all(torch.equal(*pair) for pair in zip(first[key], second[key], strict=True)), key
+    assert all(torch.equal(*pair) for pair in zip(first["multipliers"], first["alone"], strict=True))
+    assert any(scale > 0 for scale in first["scales"])
+    assert len(set(first["seeds"] + second["seeds"])) == 2 * len(first["seeds"])  # every layer, every rank its own
+    for rank in (first, second):
+        assert rank["restored"] == rank["seeds"]  # from the file of the first rank
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("fsdp1", "use FSDP2, surogate_load.fully_shard(model)"),
+        ("unprepared", "surogate_load.prepare_for_sharding(model) before torch's"),
+        ("twice", "the model is sharded already"),
+        ("outside", "weight is spread over ranks"),
+        ("saved", "surogate_load.save_adapter(model, DIR)"),
+        ("nothing packed", "the model holds no packed layer"),
+        ("nvfp4 on meta", "load the model with device='cpu'"),
+    ],
+)
+def test_refused_in_one_line(found, name, says):
+    for rank in found["refusals"]:
+        assert says in rank[name]
+        assert "\n" not in rank[name]
+
+
+def test_a_rank_that_is_lost(found):
+    (said,) = found["kill_one"]
+    assert said.startswith("rank 0 of 2: another rank has ended")
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.bfloat16])
+def test_bytes_survive_a_policy_that_casts_integers(dtype):
+    packed = torch.arange(256, dtype=torch.uint8).view(dtype)
+    rows = ByteRows(dtype, tuple(packed.shape), 4)
+    taken = rows.take(packed)
+    assert taken.shape == (4, 64)
+    assert torch.equal(rows.give(taken.to(torch.bfloat16)).view(torch.uint8), packed.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        ("nf4", (48, 128), 48),  # blocks of 64 in rows of 128
+        ("nf4", (48, 96), 24),  # two rows hold three blocks
+        ("nf4", (47, 96), 1),
+        ("fp8-block", (384, 128), 3),
+        ("fp8-block", (320, 128), 1),  # an edge tile
+        ("fp4", (48, 32), 48),
+    ],
+)
+def test_rows_hold_whole_blocks(kind, shape, expected):
+    from runtime.layers import make_layer
+
+    layer, _ = make_layer(kind, shape, bias=False)
+    found = byte_rows(layer.kind, {name: layer.get_parameter(name) for name in layer.packed_names})
+    assert found[layer.packed_names[0]].rows == expected
+    for name, rows in found.items():
+        packed = layer.get_parameter(name)
+        assert rows.row_bytes % packed.element_size() == 0
+        assert torch.equal(
+            rows.give(rows.take(packed)).view(torch.uint8), packed.reshape(-1, *packed.shape[1:]).view(torch.uint8)
+        )
+
+
+def test_an_older_torch_is_refused_before_anything_changes(artifact, monkeypatch):
+    model = load_model(artifact("nf4"))
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(UnsupportedShardingError, match=r"torch 2\.11\.0\+cu130 .*from torch 2\.13 on"):
+        prepare_for_sharding(model)
+    assert not any(layer.byte_rows for layer in model.modules() if isinstance(layer, QuantizedLinear))
