@@ -32,7 +32,8 @@ with surogate_load.process_group() as device:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        dist.all_reduce(loss.detach(), op=dist.ReduceOp.SUM)
+        total = loss.detach()
+        dist.all_reduce(total)
         if rank == 0:
-            print(f"step {number}: loss {loss.item() / ranks:.3f}")
+            print(f"step {number}: loss {total.item() / ranks:.3f}")
     surogate_load.save_adapter(model, "adapter")

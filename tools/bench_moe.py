@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from bench_train import pack_linears, write_profile
 from random_artifact import PARAMETERS, qwen3_moe_config, write_random_artifact
 from surogate_formats.registry import make_format
 
@@ -98,7 +99,7 @@ def bench(row: str, arguments: argparse.Namespace) -> dict:
     step = (_block_step if arguments.block else _model_step)(model, tuple(arguments.batch), device)
     seconds = [_timed(step, device) for _ in range(STEPS)]
     if arguments.profile:
-        _write_profile(step, arguments.profile / f"{row.replace(' ', '-')}.txt")
+        write_profile(step, arguments.profile / f"{row.replace(' ', '-')}.txt")
     tokens = arguments.batch[0] * arguments.batch[1]
     config = model.config.get_text_config()
     dense = 2 * 3 * config.num_experts * config.hidden_size * config.moe_intermediate_size * config.num_hidden_layers
@@ -264,24 +265,15 @@ def _peft(base: str, sizes: dict, device: torch.device, compiled: bool) -> nn.Mo
 
 def _bitsandbytes(base: str, sizes: dict, device: torch.device, compiled: bool) -> nn.Module:
     """Decoder linears as `load_in_4bit` makes them; with `packed` the experts too."""
-    import bitsandbytes as bnb
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
     model = _dense(sizes, device)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            packed = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-            )
-            packed.weight = bnb.nn.Params4bit(
-                module.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
-            )
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, packed.to(device))
-        elif base.endswith("packed") and name.endswith(".experts"):
-            for parameter in ("gate_up_proj", "down_proj"):
-                replace_parameter_4bit(module, parameter, compress_statistics=True, quant_type="nf4")
+    pack_linears(model, device)
     if base.endswith("packed"):
+        for name, module in list(model.named_modules()):
+            if name.endswith(".experts"):
+                for parameter in ("gate_up_proj", "down_proj"):
+                    replace_parameter_4bit(module, parameter, compress_statistics=True, quant_type="nf4")
         _let_peft_find_its_proxy()
     model.is_loaded_in_4bit = True
     if device.type == "cuda":
@@ -312,15 +304,6 @@ def _let_peft_find_its_proxy() -> None:
 
 MODELS = {"bf16": _grouped, "peft": _peft, "bitsandbytes": _bitsandbytes, "bitsandbytes packed": _bitsandbytes}
 """Base to what makes its model, where that isn't an artifact of ours."""
-
-
-def _write_profile(step: Callable[[], object], path: Path) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=50,
-                                                  max_name_column_width=90))  # fmt: skip
 
 
 def _print(results: list[dict]) -> None:

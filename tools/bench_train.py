@@ -158,10 +158,18 @@ def _dense_model(size: str):
 
 def _bitsandbytes_model(size: str):
     """A random model of transformers whose decoder linears are bitsandbytes', as `load_in_4bit` makes them."""
+    model = _dense_model(size)
+    pack_linears(model, torch.device("cuda"))
+    model.is_loaded_in_4bit = True
+    torch.cuda.empty_cache()
+    return _lora(model.requires_grad_(False))
+
+
+def pack_linears(model, device: torch.device) -> None:
+    """Makes all linears but the head bitsandbytes' NF4 with double quantization."""
     import bitsandbytes as bnb
     from torch import nn
 
-    model = _dense_model(size)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             packed = bnb.nn.Linear4bit(
@@ -171,10 +179,7 @@ def _bitsandbytes_model(size: str):
                 module.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
             )
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, packed.to("cuda"))
-    model.is_loaded_in_4bit = True
-    torch.cuda.empty_cache()
-    return _lora(model.requires_grad_(False))
+            setattr(model.get_submodule(parent), child, packed.to(device))
 
 
 def _through_loop(model, ids, captured: bool, profile: Path | None) -> tuple[list[float], float]:
@@ -188,7 +193,7 @@ def _through_loop(model, ids, captured: bool, profile: Path | None) -> tuple[lis
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     if profile:
-        _write_profile(lambda: _step(micro_step, optimizer, ids), profile)
+        write_profile(lambda: _step(micro_step, optimizer, ids), profile)
     return seconds, loss.item()
 
 
@@ -246,7 +251,8 @@ def _through_trainer(model, ids, captured: bool) -> tuple[list[float], float]:
     return seconds, result.training_loss
 
 
-def _write_profile(step: Callable, path: Path) -> None:
+def write_profile(step: Callable, path: Path) -> None:
+    """Writes the kernels of a step by their time, and where the GPU waited, to a text file."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()

@@ -2,6 +2,7 @@ import pytest
 import torch
 import transformers
 from runtime.artifacts import tiny_llama, write_artifact
+from runtime.experts import ROUTERS, ByExpert, dense_model
 from runtime.layers import KINDS
 
 from surogate_load.errors import TransformersTooOldError
@@ -31,6 +32,21 @@ def artifact(tmp_path_factory):
         key = (kind, *sorted(changes.items()))
         if key not in made:
             made[key] = write_artifact(tiny_llama(**changes), tmp_path_factory.mktemp(kind), KINDS[kind])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def expert_artifact(tmp_path_factory):
+    """The same of tiny mixtures of experts, by family, kind and what is kept beside the routers."""
+    made = {}
+
+    def make(family, kind="nf4", keep=()):
+        key = (family, kind, keep)
+        if key not in made:
+            model, folder = ByExpert(dense_model(family)), tmp_path_factory.mktemp("experts")
+            made[key] = write_artifact(model, folder, KINDS[kind], keep=(*ROUTERS, *keep))
         return made[key]
 
     return make

@@ -8,6 +8,7 @@ from runtime.artifacts import is_block_linear
 from safetensors.torch import load_file, save_file
 
 from surogate_load import open_artifact
+from surogate_load.experts.module import QuantizedExperts
 
 SIZES = {"vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 32,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False}  # fmt: skip
@@ -120,3 +121,8 @@ def stored_bytes(directory):
         for name, tensor in load_file(directory / "model.safetensors").items()
     }
     return found, json.loads((directory / "config.json").read_text())["quantization_config"]
+
+
+def experts_of(model):
+    """The packed experts of the first layer."""
+    return next(module for module in model.modules() if isinstance(module, QuantizedExperts))

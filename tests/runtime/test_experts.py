@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from runtime.artifacts import write_artifact
-from runtime.experts import IDS, ROUTERS, ByExpert, dense_model, is_packed, reference, stored_bytes
+from runtime.experts import IDS, ByExpert, dense_model, experts_of, is_packed, reference, stored_bytes
 from runtime.foreign import write_foreign
-from runtime.layers import KINDS
 
 from surogate_formats.artifact import Artifact
 from surogate_load import load_model
-from surogate_load.experts.module import DOWN, GATE_UP, QuantizedExperts
+from surogate_load.experts.module import DOWN, GATE_UP
 from surogate_load.kernels import experts as kernels
 
 OURS = [
@@ -25,23 +23,6 @@ OURS = [
 OTHERS = [("qwen3", "ct-w4a4"), ("mixtral", "modelopt-nvfp4"), ("deepseek", "hf-fp8"), ("gpt-oss", "ct-fp8-channel")]
 
 
-@pytest.fixture(scope="module")
-def make(tmp_path_factory):
-    made = {}
-
-    def make_artifact(family, kind):
-        if (family, kind) not in made:
-            model, folder = ByExpert(dense_model(family)), tmp_path_factory.mktemp("experts")
-            made[family, kind] = write_artifact(model, folder, KINDS[kind], keep=ROUTERS)
-        return made[family, kind]
-
-    return make_artifact
-
-
-def experts_of(model):
-    return next(module for module in model.modules() if isinstance(module, QuantizedExperts))
-
-
 def in_whole_tiles(name, shape):
     return is_packed(name, shape) and all(side % 128 == 0 for side in shape)
 
@@ -55,8 +36,8 @@ def assert_same_files(saved, original):
 
 
 @pytest.mark.parametrize(("family", "kind"), OURS)
-def test_logits_are_those_of_the_dense_model_and_saving_gives_the_same_bytes(make, family, kind, tmp_path):
-    path = make(family, kind)
+def test_logits_are_those_of_the_dense_model_and_saving_gives_the_same_bytes(expert_artifact, family, kind, tmp_path):
+    path = expert_artifact(family, kind)
     model = load_model(path, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, reference(path, family)(IDS).logits)
@@ -66,8 +47,8 @@ def test_logits_are_those_of_the_dense_model_and_saving_gives_the_same_bytes(mak
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dynamic", "fp4-modelopt", "fp8-block"])
-def test_the_table_of_a_launch_points_to_every_expert(make, kind):
-    experts = experts_of(load_model(make("qwen3", kind)))
+def test_the_table_of_a_launch_points_to_every_expert(expert_artifact, kind):
+    experts = experts_of(load_model(expert_artifact("qwen3", kind)))
     for name, members in ((GATE_UP, 2), (DOWN, 1)):
         packed, parts = experts.projections[name].kind, experts.parts(name)
         table = kernels._build(parts, packed, torch.bfloat16)

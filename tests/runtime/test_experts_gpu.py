@@ -3,12 +3,10 @@
 import peft
 import pytest
 import torch
-from runtime.artifacts import write_artifact
-from runtime.experts import FAMILIES, IDS, ROUTERS, ByExpert, dense_model
-from runtime.layers import KINDS
+from runtime.experts import FAMILIES, IDS, experts_of
 
 from surogate_load import load_model
-from surogate_load.experts.module import DOWN, GATE_UP, QuantizedExperts
+from surogate_load.experts.module import DOWN, GATE_UP
 from surogate_load.ops import experts as ops
 from surogate_load.ops.library import PLAIN
 from surogate_load.step.micro_step import MicroStep
@@ -16,23 +14,6 @@ from surogate_load.step.micro_step import MicroStep
 pytestmark = pytest.mark.gpu
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory):
-    made = {}
-
-    def make_artifact(family, kind):
-        if (family, kind) not in made:
-            model, folder = ByExpert(dense_model(family)), tmp_path_factory.mktemp("experts")
-            made[family, kind] = write_artifact(model, folder, KINDS[kind], keep=ROUTERS)
-        return made[family, kind]
-
-    return make_artifact
-
-
-def experts_of(model):
-    return next(module for module in model.modules() if isinstance(module, QuantizedExperts))
 
 
 def with_lora(model, rank=4):
@@ -45,8 +26,8 @@ def with_lora(model, rank=4):
 @pytest.mark.parametrize(
     "kind", ["nf4", "nf4-dynamic", "fp4", "fp4-modelopt", "fp8-tensor", "fp8-channel", "fp8-block"]
 )
-def test_one_launch_gives_the_plain_values_of_experts_with_rows(make, kind, dtype):
-    experts = experts_of(load_model(make("qwen3", kind), device="cuda"))
+def test_one_launch_gives_the_plain_values_of_experts_with_rows(expert_artifact, kind, dtype):
+    experts = experts_of(load_model(expert_artifact("qwen3", kind), device="cuda"))
     ends = torch.tensor([3, 3, 8, 8], dtype=torch.int32, device="cuda")
     for name in (GATE_UP, DOWN):
         parts, key = experts.parts(name), experts.projections[name].kind.key
@@ -58,8 +39,8 @@ def test_one_launch_gives_the_plain_values_of_experts_with_rows(make, kind, dtyp
             assert torch.equal(backward[expert], expected[expert])
 
 
-def test_experts_without_rows_are_not_written(make):
-    experts = experts_of(load_model(make("qwen3", "nf4"), device="cuda"))
+def test_experts_without_rows_are_not_written(expert_artifact):
+    experts = experts_of(load_model(expert_artifact("qwen3", "nf4"), device="cuda"))
     parts, key = experts.parts(DOWN), experts.projections[DOWN].kind.key
     torch.cuda.empty_cache()
     poison = torch.full((4, 128, 128), 7.0, dtype=torch.bfloat16, device="cuda")
@@ -94,10 +75,10 @@ def test_grouped_products_are_those_of_the_loop(sizes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_is_that_of_the_cpu(make, family):
+def test_training_is_that_of_the_cpu(expert_artifact, family):
     results = []
     for device in ("cpu", "cuda"):
-        model = with_lora(load_model(make(family, "nf4"), device=device, dtype=torch.float32))
+        model = with_lora(load_model(expert_artifact(family, "nf4"), device=device, dtype=torch.float32))
         loss = model(IDS.to(device), labels=IDS.to(device)).loss
         loss.backward()
         grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad}
@@ -106,8 +87,8 @@ def test_training_is_that_of_the_cpu(make, family):
         assert torch.norm(results[1][name] - expected) <= 1e-3 * torch.norm(expected) + 1e-7, name
 
 
-def test_bf16_trains_without_waiting_for_the_device(make):
-    model = with_lora(load_model(make("qwen3", "nf4"), device="cuda"), rank=8)
+def test_bf16_trains_without_waiting_for_the_device(expert_artifact):
+    model = with_lora(load_model(expert_artifact("qwen3", "nf4"), device="cuda"), rank=8)
     experts = experts_of(model)
     if not ops.in_one_launch(torch.device("cuda"), torch.bfloat16):
         pytest.skip("no grouped product on this device")
@@ -125,12 +106,12 @@ def test_bf16_trains_without_waiting_for_the_device(make):
     assert experts.compute_dtype == torch.bfloat16
 
 
-def test_the_micro_step_is_captured_with_the_eager_gradients(make):
+def test_the_micro_step_is_captured_with_the_eager_gradients(expert_artifact):
     if not ops.in_one_launch(torch.device("cuda"), torch.bfloat16):
         pytest.skip("no grouped product on this device")
     results = []
     for captured in (False, True):
-        model = with_lora(load_model(make("qwen3", "nf4"), device="cuda"), rank=8).train()
+        model = with_lora(load_model(expert_artifact("qwen3", "nf4"), device="cuda"), rank=8).train()
         ids = IDS.cuda()
         if captured:
             step = MicroStep(model)
@@ -144,11 +125,11 @@ def test_the_micro_step_is_captured_with_the_eager_gradients(make):
         assert torch.norm(results[1][name] - expected) <= 2e-2 * torch.norm(expected) + 1e-6, name
 
 
-def test_compiled_layers_give_the_eager_loss(make):
+def test_compiled_layers_give_the_eager_loss(expert_artifact):
     ids = IDS.cuda()
     losses = []
     for compile_ in (None, "layers"):
-        model = with_lora(load_model(make("qwen3", "nf4"), device="cuda", compile=compile_), rank=8).train()
+        model = with_lora(load_model(expert_artifact("qwen3", "nf4"), device="cuda", compile=compile_), rank=8).train()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         losses.append(loss.item())

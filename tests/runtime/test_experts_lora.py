@@ -4,9 +4,7 @@ import peft
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from runtime.artifacts import write_artifact
-from runtime.experts import FAMILIES, IDS, ROUTERS, ByExpert, dense_model, reference
-from runtime.layers import KINDS
+from runtime.experts import FAMILIES, IDS, reference
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 
@@ -14,19 +12,6 @@ from surogate_load import load_model, merge
 from surogate_load.errors import DenseInitializationError, MergeUnsupportedError
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory):
-    made = {}
-
-    def make_artifact(family):
-        if family not in made:
-            folder = tmp_path_factory.mktemp(family)
-            made[family] = write_artifact(ByExpert(dense_model(family)), folder, KINDS["nf4"], keep=ROUTERS)
-        return made[family]
-
-    return make_artifact
 
 
 def with_lora(model, *, seed=3, **changes):
@@ -50,9 +35,9 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_plain_peft_on_the_dense_model_in_float64(make, family):
-    ours = with_lora(load_model(make(family), dtype=torch.float32))
-    dense = with_lora(reference(make(family), family, torch.float64))
+def test_gradients_are_those_of_plain_peft_on_the_dense_model_in_float64(expert_artifact, family):
+    ours = with_lora(load_model(expert_artifact(family), dtype=torch.float32))
+    dense = with_lora(reference(expert_artifact(family), family, torch.float64))
     expected = gradients(dense)
     found = gradients(ours)
     assert found.keys() == expected.keys()
@@ -61,10 +46,10 @@ def test_gradients_are_those_of_plain_peft_on_the_dense_model_in_float64(make, f
         assert torch.norm(gradient - expected[name]) < 3e-5 * torch.norm(expected[name]), name
 
 
-def test_all_linear_adapts_what_peft_adapts_in_the_dense_model(make):
-    model = load_model(make("qwen3"), dtype=torch.float32)
+def test_all_linear_adapts_what_peft_adapts_in_the_dense_model(expert_artifact):
+    model = load_model(expert_artifact("qwen3"), dtype=torch.float32)
     ours = with_lora(model, target_modules="all-linear", target_parameters=None)
-    dense = with_lora(reference(make("qwen3"), "qwen3"), target_modules="all-linear", target_parameters=None)
+    dense = with_lora(reference(expert_artifact("qwen3"), "qwen3"), target_modules="all-linear", target_parameters=None)
     shapes = [{n: p.shape for n, p in each.named_parameters() if "lora_" in n} for each in (ours, dense)]
     assert shapes[0] == shapes[1]
     with torch.no_grad():
@@ -72,26 +57,28 @@ def test_all_linear_adapts_what_peft_adapts_in_the_dense_model(make):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt-oss"])
-def test_adapters_move_between_ours_and_plain_peft(make, family, tmp_path):
-    ours = with_lora(load_model(make(family), dtype=torch.float32)).eval()
+def test_adapters_move_between_ours_and_plain_peft(expert_artifact, family, tmp_path):
+    ours = with_lora(load_model(expert_artifact(family), dtype=torch.float32)).eval()
     ours.save_pretrained(tmp_path / "ours")
-    dense = peft.PeftModel.from_pretrained(reference(make(family), family), tmp_path / "ours")
+    dense = peft.PeftModel.from_pretrained(reference(expert_artifact(family), family), tmp_path / "ours")
     with torch.no_grad():
         expected = ours(IDS).logits
         torch.testing.assert_close(dense(IDS).logits, expected)
         dense.save_pretrained(tmp_path / "dense")
-        again = peft.PeftModel.from_pretrained(load_model(make(family), dtype=torch.float32), tmp_path / "dense")
+        again = peft.PeftModel.from_pretrained(
+            load_model(expert_artifact(family), dtype=torch.float32), tmp_path / "dense"
+        )
         assert torch.equal(again(IDS).logits, expected)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "dense")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
-def test_several_adapters_at_once_and_none(make):
-    ours = with_lora(load_model(make("qwen3"), dtype=torch.float32), target_modules=[])
-    dense = with_lora(reference(make("qwen3"), "qwen3"), target_modules=[])
+def test_several_adapters_at_once_and_none(expert_artifact):
+    ours = with_lora(load_model(expert_artifact("qwen3"), dtype=torch.float32), target_modules=[])
+    dense = with_lora(reference(expert_artifact("qwen3"), "qwen3"), target_modules=[])
     with torch.no_grad():
-        base = load_model(make("qwen3"), dtype=torch.float32)(IDS).logits
+        base = load_model(expert_artifact("qwen3"), dtype=torch.float32)(IDS).logits
         for model in (ours, dense):
             model.add_adapter("b", peft.LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS))
             randomize(model, 5)
@@ -102,19 +89,19 @@ def test_several_adapters_at_once_and_none(make):
         assert torch.equal(ours.unload()(IDS).logits, base)
 
 
-def test_what_is_left_alone_and_what_is_refused(make):
-    ours = with_lora(load_model(make("qwen3"), dtype=torch.float32))
+def test_what_is_left_alone_and_what_is_refused(expert_artifact):
+    ours = with_lora(load_model(expert_artifact("qwen3"), dtype=torch.float32))
     packed = {n for n, p in ours.named_parameters() if ".experts." in n and "lora_" not in n}
     assert packed <= set(ours._ddp_params_and_buffers_to_ignore)  # DDP would broadcast, and reduce, them
     with pytest.raises(MergeUnsupportedError, match="surogate-load merge"):
         ours.merge_and_unload()
     with pytest.raises(DenseInitializationError, match="pissa"):
-        with_lora(load_model(make("qwen3")), target_modules=[], init_lora_weights="pissa")
+        with_lora(load_model(expert_artifact("qwen3")), target_modules=[], init_lora_weights="pissa")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
-def test_merged_checkpoints_hold_the_dense_sums(make, family, tmp_path):
-    path = make(family)
+def test_merged_checkpoints_hold_the_dense_sums(expert_artifact, family, tmp_path):
+    path = expert_artifact(family)
     ours = with_lora(load_model(path, dtype=torch.float32), **ROUTER.get(family, {})).eval()
     ours.save_pretrained(tmp_path / "adapter")
     merge(path, tmp_path / "adapter", tmp_path / "merged", "float32")
@@ -143,10 +130,10 @@ def results_of(model, index, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("index", [[[2]] * 6, [[0, 3], [3, 0], [0, 3]]], ids=["one expert", "two of four"])
-def test_experts_without_tokens(make, index):
+def test_experts_without_tokens(expert_artifact, index):
     index = torch.tensor(index)
-    found = results_of(with_lora(load_model(make("qwen3"), dtype=torch.float32), target_modules=[]), index)
-    dense = with_lora(reference(make("qwen3"), "qwen3", torch.float64), target_modules=[])
+    found = results_of(with_lora(load_model(expert_artifact("qwen3"), dtype=torch.float32), target_modules=[]), index)
+    dense = with_lora(reference(expert_artifact("qwen3"), "qwen3", torch.float64), target_modules=[])
     for name, expected in results_of(dense, index, torch.float64).items():
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-4, msg=name)
     without = sorted(set(range(4)) - set(index.flatten().tolist()))
@@ -155,8 +142,8 @@ def test_experts_without_tokens(make, index):
     assert not any(gradient.unflatten(0, (4, -1))[without].any() for gradient in factors)
 
 
-def test_no_tokens_at_all(make):
-    model = with_lora(load_model(make("qwen3"), dtype=torch.float32), target_modules=[])
+def test_no_tokens_at_all(expert_artifact):
+    model = with_lora(load_model(expert_artifact("qwen3"), dtype=torch.float32), target_modules=[])
     found = results_of(model, torch.empty((0, 2), dtype=torch.int64))
     assert found.pop("y").shape == (0, 128)
     assert not any(gradient.any() for gradient in found.values())
@@ -166,8 +153,8 @@ def dense_sized(tensors, packed):
     return [t for t in tensors if t.is_floating_point() and t.numel() >= 4 * 128 * 128 and t.data_ptr() not in packed]
 
 
-def test_nothing_dense_is_kept_for_the_backward(make):
-    model = with_lora(load_model(make("qwen3"), dtype=torch.float32))
+def test_nothing_dense_is_kept_for_the_backward(expert_artifact):
+    model = with_lora(load_model(expert_artifact("qwen3"), dtype=torch.float32))
     packed = {parameter.data_ptr() for parameter in model.parameters()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -176,8 +163,8 @@ def test_nothing_dense_is_kept_for_the_backward(make):
     assert dense_sized(saved, packed) == []
 
 
-def test_a_compiled_block_is_one_graph_with_the_same_numbers_and_keeps_nothing_dense(make):
-    model = with_lora(load_model(make("qwen3"), dtype=torch.float32), target_modules=[])
+def test_a_compiled_block_is_one_graph_with_the_same_numbers_and_keeps_nothing_dense(expert_artifact):
+    model = with_lora(load_model(expert_artifact("qwen3"), dtype=torch.float32), target_modules=[])
     block = model.base_model.model.model.layers[0].mlp
     saved, x = [], torch.randn(2, 9, 128)
 

@@ -6,9 +6,7 @@ import logging
 import pytest
 import torch
 import transformers
-from runtime.artifacts import write_artifact
-from runtime.experts import IDS, ROUTERS, ByExpert, dense_model
-from runtime.layers import KINDS
+from runtime.experts import IDS
 from safetensors.torch import load_file, save_file
 
 from surogate_load import load_model
@@ -17,25 +15,12 @@ from surogate_load.experts.module import QuantizedExperts
 from surogate_load.linear import QuantizedLinear
 
 
-@pytest.fixture(scope="module")
-def make(tmp_path_factory):
-    made = {}
-
-    def make_artifact(family, kind, keep=()):
-        if (family, kind, keep) not in made:
-            model, folder = ByExpert(dense_model(family)), tmp_path_factory.mktemp("experts")
-            made[family, kind, keep] = write_artifact(model, folder, KINDS[kind], keep=(*ROUTERS, *keep))
-        return made[family, kind, keep]
-
-    return make_artifact
-
-
 @pytest.fixture
-def edited(make, tmp_path):
+def edited(expert_artifact, tmp_path):
     """A peer's checkpoint: an artifact without our manifest, whose tensors and config were changed."""
 
     def edit(family, kind, change):
-        path = make(family, kind)
+        path = expert_artifact(family, kind)
         tensors = load_file(path / "model.safetensors")
         config = json.loads((path / "config.json").read_text())
         change(tensors, config)
@@ -51,27 +36,29 @@ def from_pretrained(path):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4-modelopt"])
-def test_from_pretrained_keeps_experts_packed_in_our_own_methods(make, kind):
-    model = from_pretrained(make("mixtral", kind))
+def test_from_pretrained_keeps_experts_packed_in_our_own_methods(expert_artifact, kind):
+    model = from_pretrained(expert_artifact("mixtral", kind))
     assert type(model.model.layers[0].mlp.experts) is QuantizedExperts
     assert torch.isfinite(model(IDS).logits).all()
 
 
-def test_from_pretrained_refuses_experts_that_would_be_wrong(make):
+def test_from_pretrained_refuses_experts_that_would_be_wrong(expert_artifact):
     with pytest.raises(PackedExpertsError, match=r"mlp\.experts wrongly .*; surogate_load\.load_model reads them"):
-        from_pretrained(make("qwen3", "fp4"))
+        from_pretrained(expert_artifact("qwen3", "fp4"))
 
 
-def test_from_pretrained_points_to_load_model(make, artifact, caplog):
+def test_from_pretrained_points_to_load_model(expert_artifact, artifact, caplog):
     with caplog.at_level(logging.WARNING, logger="surogate_load"):
-        from_pretrained(make("qwen3", "fp8-channel"))
+        from_pretrained(expert_artifact("qwen3", "fp8-channel"))
         from_pretrained(artifact("fp4"))
     assert [line.endswith("surogate_load.load_model keeps it packed") for line in caplog.messages] == [True, True]
 
 
-def test_other_peoples_checkpoints_are_never_refused_and_wrong_experts_said(make, artifact, tmp_path, caplog):
-    for kind, path, said in (("dense", artifact("fp4"), 0), ("right", make("qwen3", "fp8-channel"), 0),
-                             ("wrong", make("qwen3", "fp4"), 1)):  # fmt: skip
+def test_other_peoples_checkpoints_are_never_refused_and_wrong_experts_said(
+    expert_artifact, artifact, tmp_path, caplog
+):
+    for kind, path, said in (("dense", artifact("fp4"), 0), ("right", expert_artifact("qwen3", "fp8-channel"), 0),
+                             ("wrong", expert_artifact("qwen3", "fp4"), 1)):  # fmt: skip
         folder = tmp_path / kind
         folder.mkdir()
         for name in ("config.json", "model.safetensors"):
@@ -83,16 +70,16 @@ def test_other_peoples_checkpoints_are_never_refused_and_wrong_experts_said(make
         assert ["experts wrongly" in line for line in ours] == [True] * said
 
 
-def test_kept_experts_leave_the_rest_packed(make):
-    model = load_model(make("qwen3", "nf4", ("mlp.",)))
+def test_kept_experts_leave_the_rest_packed(expert_artifact):
+    model = load_model(expert_artifact("qwen3", "nf4", ("mlp.",)))
     assert type(model.model.layers[0].self_attn.q_proj) is QuantizedLinear
     assert torch.isfinite(model(IDS).logits).all()
 
 
 @pytest.mark.parametrize("keep", [("experts.2.",), ("down_proj",)], ids=["one expert", "one projection"])
-def test_experts_are_taken_whole(make, keep):
+def test_experts_are_taken_whole(expert_artifact, keep):
     with pytest.raises(PackedExpertsError, match=r"experts\.\d\.\w+ is not packed, but others are: .*--skip experts$"):
-        load_model(make("qwen3", "nf4", keep))
+        load_model(expert_artifact("qwen3", "nf4", keep))
 
 
 def test_more_experts_than_the_model_has(edited):
@@ -113,8 +100,8 @@ def test_an_expert_unlike_the_others(edited):
         load_model(edited("qwen3", "fp8-modelopt", other_scale))
 
 
-def test_a_class_that_computes_otherwise_is_refused(make, monkeypatch):
-    path = make("qwen3", "nf4")
+def test_a_class_that_computes_otherwise_is_refused(expert_artifact, monkeypatch):
+    path = expert_artifact("qwen3", "nf4")
     experts = transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts
     monkeypatch.setattr(experts, "__init__", _with_another_parameter(experts.__init__))
     with pytest.raises(PackedExpertsError, match="Qwen3MoeExperts computes with its experts in a way"):
@@ -139,8 +126,8 @@ def test_what_only_some_experts_have_beside_their_weights_is_not_lost_silently(e
 
 
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 0.28), ("fp4", 0.29), ("fp8-tensor", 0.53)])
-def test_experts_take_the_bytes_of_the_files(make, kind, most):
-    path = make("qwen3", kind)
+def test_experts_take_the_bytes_of_the_files(expert_artifact, kind, most):
+    path = expert_artifact("qwen3", kind)
     experts = load_model(path).model.layers[0].mlp.experts
     held = sum(parameter.numel() * parameter.element_size() for parameter in experts.parameters())
     stored = load_file(path / "model.safetensors").items()
@@ -148,8 +135,8 @@ def test_experts_take_the_bytes_of_the_files(make, kind, most):
     assert held < most * 2 * 4 * 3 * 128 * 128
 
 
-def test_moves_and_casts_leave_packed_bytes_alone(make):
-    model = load_model(make("gpt-oss", "fp8-channel"))
+def test_moves_and_casts_leave_packed_bytes_alone(expert_artifact):
+    model = load_model(expert_artifact("gpt-oss", "fp8-channel"))
     experts = model.model.layers[0].mlp.experts
     before = {name: experts.get_parameter(name).clone() for name in experts.packed_names}
     order = [name for name, _ in experts.named_parameters()]
@@ -162,8 +149,8 @@ def test_moves_and_casts_leave_packed_bytes_alone(make):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_dtypes(make, dtype):
-    path = make("qwen3", "nf4")
+def test_other_dtypes(expert_artifact, dtype):
+    path = expert_artifact("qwen3", "nf4")
     expected = load_model(path, dtype=torch.float32)(IDS).logits
     found = load_model(path, dtype=dtype)(IDS).logits
     assert found.dtype == dtype
@@ -173,8 +160,8 @@ def test_other_dtypes(make, dtype):
     assert torch.norm(mixed.float() - expected) < 0.03 * torch.norm(expected)
 
 
-def test_other_recipes_say_that_experts_multiply_in_bf16(make, caplog):
-    path = make("qwen3", "fp8-tensor")
+def test_other_recipes_say_that_experts_multiply_in_bf16(expert_artifact, caplog):
+    path = expert_artifact("qwen3", "fp8-tensor")
     with caplog.at_level(logging.WARNING, logger="surogate_load"):
         model = load_model(path, "fp8-hybrid", emulate=True)
     assert any("experts multiply as under recipe bf16" in line for line in caplog.messages)

@@ -103,8 +103,8 @@ def delayed_scales(model: nn.Module) -> list[DelayedScale]:
 def end_step(model: nn.Module) -> None:
     """Ends a training step of a model by hand: renews its fp8 scales from the amax recorded since the last one.
 
-    Needed only where the optimizer owns copies of the parameters (FSDP1 with flat parameters, DeepSpeed): else the step
-    of any torch optimizer that owns parameters of the model does it. Call it after the optimizer's step, on every rank.
+    Needed only where the optimizer owns copies of the parameters (DeepSpeed): else the step of any torch optimizer that
+    owns parameters of the model does it. Call it after the optimizer's step, on every rank.
     A second call in a step changes nothing, and so does one under a recipe without delayed scaling.
     """
     ended: set[DelayedScale] = set()
@@ -146,7 +146,7 @@ def _suspect_copies(model: nn.Module) -> None:
     if _WATCHED[model] == SUSPICIOUS_STEPS:
         _LOG.warning(
             "recipe fp8-hybrid: optimizers step, but none owns parameters of this model: its scales are never renewed; "
-            "if yours steps copies of them (FSDP1, DeepSpeed), call surogate_load.end_step(model) after each step"
+            "if yours steps copies of them (DeepSpeed), call surogate_load.end_step(model) after each step"
         )
         _WATCHED[model] = _DONE
 
