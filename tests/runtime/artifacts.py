@@ -39,8 +39,11 @@ def is_block_linear(name, shape):
     return len(shape) == 2 and name.endswith(".weight") and (".layers." in name or ".layer." in name)
 
 
-def write_artifact(model, directory, fmt, *, recipe=None, layout=None, lora=None, keep=()):
-    """Saves a model and packs the linears of its blocks, but for names that hold one of `keep`; gives the directory."""
+def write_artifact(model, directory, fmt, *, recipe=None, layout=None, lora=None, keep=(), amax=None):
+    """Saves a model and packs the linears of its blocks, but for names that hold one of `keep`; gives the directory.
+
+    `amax` is that of every fused group, where the format shares it.
+    """
     dense = directory / "dense"
     model.save_pretrained(dense)
     fmt, chosen = settle(fmt.name, vars(fmt), layout)
@@ -54,7 +57,7 @@ def write_artifact(model, directory, fmt, *, recipe=None, layout=None, lora=None
             stored = {name: array}
             if quantize:
                 module = name.removesuffix(".weight")
-                parts = fmt.quantize(array.astype(np.float32))
+                parts = fmt.quantize(array.astype(np.float32), amax)
                 stored = pack(chosen, fmt, module, parts, array.shape, entry.info.dtype)
             elif is_block_linear(name, array.shape):
                 kept.append(name.removesuffix(".weight"))

@@ -28,10 +28,10 @@ def artifact(tmp_path_factory):
     """A factory of tiny Llama artifacts by kind, each made once a session: never write into one."""
     made = {}
 
-    def make(kind, **changes):
-        key = (kind, *sorted(changes.items()))
+    def make(kind, amax=None, **changes):
+        key = (kind, amax, *sorted(changes.items()))
         if key not in made:
-            made[key] = write_artifact(tiny_llama(**changes), tmp_path_factory.mktemp(kind), KINDS[kind])
+            made[key] = write_artifact(tiny_llama(**changes), tmp_path_factory.mktemp(kind), KINDS[kind], amax=amax)
         return made[key]
 
     return make

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 from runtime.artifacts import tiny_llama, write_artifact
 from runtime.experts import ROUTERS, ByExpert, dense_model
 from runtime.layers import KINDS
@@ -17,37 +18,46 @@ from surogate_load import load_model
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+SIZES = {"vocab_size": 49152, "max_position_embeddings": 256}
+
+
+@pytest.fixture(scope="module")
+def text(smollm2_dir, tmp_path_factory):
+    """About 600 tokens: two batches for each of two ranks."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((smollm2_dir / "LICENSE").read_text("utf-8")[:3000], "utf-8")
+    return path
+
+
 @pytest.fixture(scope="module")
 def base(smollm2_dir, tmp_path_factory):
-    """An artifact of a tiny model, with SmolLM2's tokenizer."""
-    path = write_artifact(
-        tiny_llama(vocab_size=49152, max_position_embeddings=256), tmp_path_factory.mktemp("base"), KINDS["nf4"]
-    )
+    """An artifact of a tiny model, with SmolLM2's tokenizer; in float32: the head is most of the work on a CPU."""
+    path = write_artifact(tiny_llama(**SIZES, dtype="float32"), tmp_path_factory.mktemp("base"), KINDS["nf4"])
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(smollm2_dir / name, path / name)
     return path
 
 
 @pytest.mark.parametrize("name", ["plain_loop", "trainer", "sft"])
-def test_an_example_trains_and_saves(base, smollm2_dir, tmp_path, name):
+def test_an_example_trains_and_saves(base, text, tmp_path, name):
     if name == "sft" and find_spec("trl") is None:
         pytest.skip("trl needs Python 3.11")
-    command = [sys.executable, EXAMPLES / f"{name}.py", base, smollm2_dir / "LICENSE"]
+    command = [sys.executable, EXAMPLES / f"{name}.py", base, text]
     trained_adapter(command, base, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_an_example_trains_on_two_ranks(base, smollm2_dir, tmp_path, name):
+def test_an_example_trains_on_two_ranks(base, text, tmp_path, name):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    trained_adapter([*launcher, EXAMPLES / f"{name}.py", base, smollm2_dir / "LICENSE"], base, tmp_path)
+    trained_adapter([*launcher, EXAMPLES / f"{name}.py", base, text], base, tmp_path)
 
 
-def test_the_example_of_experts(smollm2_dir, tmp_path):
-    model = dense_model("qwen3", vocab_size=49152, max_position_embeddings=256)
+def test_the_example_of_experts(smollm2_dir, text, tmp_path):
+    model = dense_model("qwen3", torch.float32, **SIZES)
     mixture = write_artifact(ByExpert(model), tmp_path, KINDS["nf4"], keep=ROUTERS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(smollm2_dir / name, mixture / name)
-    trained_adapter([sys.executable, EXAMPLES / "moe.py", mixture, smollm2_dir / "LICENSE"], mixture, tmp_path, 6)
+    trained_adapter([sys.executable, EXAMPLES / "moe.py", mixture, text], mixture, tmp_path, 6)
 
 
 def trained_adapter(command, base, tmp_path, matrices=14):

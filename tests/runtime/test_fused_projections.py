@@ -12,6 +12,7 @@ import transformers
 from runtime.layers import KINDS
 from runtime.weights import make_weight
 
+from surogate_formats.errors import UsageError
 from surogate_formats.layouts import settle
 from surogate_formats.recipe import Recipe
 from surogate_load import load_model, set_recipe
@@ -22,6 +23,9 @@ from surogate_load.recipes.delayed import delayed_scales
 from surogate_load.weight import WeightKind, to_torch
 
 IDS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+
+SHARED = np.float32(0.2)
+"""A magnitude that no weight of these models has: the amax of every fused group."""
 
 
 def packed(kind, shapes, *, global_amax=None):
@@ -64,6 +68,47 @@ def test_different_global_scales_stay_alone():
     kinds, parts = packed("fp4", [(32, 32), (32, 32)])
     parts[1] = (*parts[1][:2], parts[1][2] * 2)
     assert fuse(kinds, parts) is None
+
+
+def test_a_shared_fp8_scale_stays_one_scale():
+    kinds, parts = packed("fp8-tensor", [(32, 32), (48, 32)])
+    kind, (codes, scale) = fuse(kinds, parts)
+    assert kind.format.scaling == "tensor"
+    assert codes.shape == (80, 32)
+    assert torch.equal(scale, parts[0][1])
+    assert scale.data_ptr() != parts[0][1].data_ptr()
+    parts[1] = (parts[1][0], parts[1][1] * 2)
+    kind, (_, scales) = fuse(kinds, parts)
+    assert kind.format.scaling == "channel"
+    assert torch.equal(scales[[0, -1], 0], torch.cat([scale.float() for _, scale in parts]))
+
+
+@pytest.mark.parametrize("kind", ["fp4", "fp8-tensor"])
+def test_a_scale_that_one_member_alone_has(artifact, kind):
+    model = load_model(artifact(kind, SHARED))
+    attention, reference = (copy.deepcopy(model).model.layers[0].self_attn for _ in range(2))
+    state = attention.q_proj.state_dict()
+    name = next(name for name in state if name.endswith(("global_scale", "weight_scale")) and state[name].numel() == 1)
+    changed = {**state, name: state[name] * 2}
+    attention.q_proj.load_state_dict(changed)
+    x = torch.randn(1, 4, 128, dtype=torch.bfloat16)
+    for member in ("q_proj", "v_proj"):
+        wanted = getattr(reference, member)
+        if member == "q_proj":
+            wanted.load_state_dict(changed)
+        assert torch.equal(inside(attention, member, x), wanted(x))
+    with pytest.raises(UsageError, match="different scales"):
+        model.load_state_dict({**model.state_dict(), f"model.layers.0.self_attn.q_proj.{name}": changed[name]})
+
+
+def inside(parent, member, x):
+    """What a member gives where its parent's forward calls it."""
+    group = getattr(parent, member).shared_input[0]
+    group._begin()
+    try:
+        return getattr(parent, member)(x)
+    finally:
+        group._end()
 
 
 def alone(path, monkeypatch, **arguments):
@@ -130,9 +175,9 @@ def listened(model):
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_scaling_state_for_each_group(artifact, kind):
-    path = artifact(kind, num_hidden_layers=1, num_key_value_heads=4)
+@pytest.mark.parametrize(("kind", "amax"), [*((kind, None) for kind in KINDS), ("fp8-tensor", SHARED)])
+def test_one_scaling_state_for_each_group(artifact, kind, amax):
+    path = artifact(kind, amax, num_hidden_layers=1, num_key_value_heads=4)
     arguments = {"dtype": torch.float32, "recipe": "fp8-hybrid", "emulate": True}
     models = [adapt(load_model(path, **arguments)), listened(adapt(load_model(path, **arguments)))]
     results = []

@@ -14,9 +14,9 @@ from surogate_formats.recipe import Recipe
 from surogate_load import MicroStep, load_model
 from surogate_load.errors import NoLayersError
 from surogate_load.step.capturable import why_eager
-from surogate_load.step.capture import Gradients
 from surogate_load.step.checkpointing import without_random_state
 from surogate_load.step.regional import compile_layers, decoder_layers
+from surogate_load.step.survey import Survey
 
 IDS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -85,7 +85,7 @@ def test_plain_checkpointing_is_captured_without_its_random_state(artifact, monk
         model(input_ids=IDS, labels=IDS).loss.backward()
     assert [layer._gradient_checkpointing_func for layer in model.get_base_model().model.layers] == functions
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
-    assert why_eager(model, {"input_ids": IDS, "labels": IDS}) is None
+    assert why_eager(Survey(model), {"input_ids": IDS, "labels": IDS}) is None
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_a_graph_cannot_hold_is_named(artifact, monkeypatch, change, batch,
     model = adapted(artifact("nf4"))
     change(model)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
-    assert reason in why_eager(model, {"input_ids": IDS, **batch})
+    assert reason in why_eager(Survey(model), {"input_ids": IDS, **batch})
 
 
 def test_compile_layers_compiles_each_decoder_layer(artifact):
@@ -196,10 +196,11 @@ def test_captured_trainer_trains_as_the_trainer(artifact, tmp_path):
 )
 def test_what_a_captured_step_no_longer_fits(artifact, change):
     model = adapted(artifact("nf4"))
-    captured_for = Gradients(model)
-    assert captured_for.fits(model)
+    survey = Survey(model)
+    captured_for = survey.state()
+    assert survey.state() == captured_for
     change(model)
-    assert not captured_for.fits(model)
+    assert survey.state() != captured_for
 
 
 def test_loading_a_state_leaves_fused_weights_where_they_are(artifact):

@@ -61,16 +61,16 @@ def _fuse(parent: nn.Module, names: Sequence[str], members: Sequence[QuantizedLi
         return
     with torch.no_grad():
         fused = fuse([member.kind for member in members], [member.parts for member in members])
-    if fused is not None and (recipe := _unite(members)) is not None:
+    if fused is not None and (recipe := _unite(members, fused[0])) is not None:
         shared = SharedInput(parent, names, members, recipe, *fused)
         for member in members:
             member.shared_input = (shared,)
 
 
-def _unite(members: Sequence[QuantizedLinear]) -> type[RecipeLayer] | None:
+def _unite(members: Sequence[QuantizedLinear], weight: WeightKind) -> type[RecipeLayer] | None:
     """The class of the members' recipes, which now have one state, if it allows one product for all."""
     kind, recipes = type(members[0].recipe), [member.recipe for member in members]
-    return kind if all(type(recipe) is kind for recipe in recipes) and kind.unite(recipes) else None
+    return kind if all(type(recipe) is kind for recipe in recipes) and kind.unite(recipes, weight) else None
 
 
 class SharedInput:
@@ -101,6 +101,7 @@ class SharedInput:
             member.register_load_state_dict_post_hook(self._weight.refresh)  # type: ignore[no-untyped-call]
             for member in members
         ]
+        self._hooks.append(parent.register_load_state_dict_post_hook(self._weight.check))  # type: ignore[no-untyped-call]
         self._recipe: type[RecipeLayer] | None = recipe
         self._x: Tensor | None = None
         self._state: tuple[Any, ...] = ()
@@ -110,7 +111,7 @@ class SharedInput:
 
     def adopt_recipes(self) -> None:
         """Takes over the recipes that the members have been given since."""
-        self._recipe = _unite(self._members)
+        self._recipe = _unite(self._members, self._kind)
 
     def split(self) -> None:
         """Leaves the members alone, each with its view of the fused weight."""
@@ -149,7 +150,7 @@ class SharedInput:
 
     def _multiply(self, x: Tensor) -> dict[str, Tensor] | None:
         adapters = list(self._adapters())
-        if len(adapters) < len(self._names):
+        if len(adapters) < len(self._names) or not self._weight.fits:
             return None
         present = [(index, adapter) for index, adapter in enumerate(adapters) if adapter.lora_a is not None]
         if len({adapter.scaling for _, adapter in present}) > 1:
@@ -212,10 +213,15 @@ _NO_ADAPTER = _NoAdapter()
 
 
 class _FusedWeight(FixedDtypeModule):
-    """The fused packed tensors; derived from the members', so not saved."""
+    """The fused packed tensors; derived from the members', so not saved.
+
+    Attributes:
+        fits: whether they are the members' values: not where half of the members were loaded anew.
+    """
 
     def __init__(self, members: Sequence[QuantizedLinear], parts: tuple[Tensor, ...]) -> None:
         super().__init__()
+        self.fits = True
         self._members = (tuple(members),)  # in a tuple: they are children elsewhere
         for index, part in enumerate(parts):
             self.register_buffer(f"part_{index}", part, persistent=False)
@@ -248,15 +254,21 @@ class _FusedWeight(FixedDtypeModule):
             yield from zip(members, torch.split(fused, [len(member) for member in members]), strict=True)
 
     def refresh(self, *_: Any) -> None:
-        """Takes over what the members hold, after a state was loaded into them."""
+        """Takes over what the members hold, after a state was loaded into one of them."""
         members = self._members[0]
         with torch.no_grad():
             fused = fuse([member.kind for member in members], [member.parts for member in members])
-        if fused is None:
-            raise UsageError("the loaded weights of one group have different global scales; load the artifact anew")
-        for old, part in zip(self.parts, fused[1], strict=True):
-            old.copy_(part)  # where it stands: a captured graph knows addresses
-        self.link()
+            pairs = list(zip(self.parts, fused[1], strict=True)) if fused else []
+            self.fits = bool(pairs) and all(part.numel() in (1, old.numel()) for old, part in pairs)
+            for old, part in pairs if self.fits else ():
+                old.copy_(part)  # where it stands: a captured graph knows addresses
+        if self.fits:
+            self.link()
+
+    def check(self, *_: Any) -> None:
+        """Raises UsageError where what was loaded into all members can't be one weight as they were."""
+        if not self.fits:
+            raise UsageError("the loaded weights of one group have different scales; load the artifact anew")
 
     def _apply(self, fn: Mover, recurse: bool = True) -> _FusedWeight:
         super()._apply(fn, recurse)

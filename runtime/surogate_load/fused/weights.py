@@ -68,11 +68,13 @@ def _nvfp4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:
 
 
 def _fp8(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:
-    """One scale a tensor becomes the same scale for each of its rows."""
+    """Members of a fused group share their scale; where they don't, each of a member's rows gets it."""
     fmt = kinds[0].format
     assert isinstance(fmt, FP8)
     codes = _below(parts, 0)
     if fmt.scaling == "tensor":
+        if all(torch.equal(scale, parts[0][1]) for _, scale in parts):
+            return WeightKind(fmt, _shape(kinds)), (codes, parts[0][1].clone())
         scales = [scale.reshape(1, 1).expand(kind.shape[0], 1) for kind, (_, scale) in zip(kinds, parts, strict=True)]
         kind = WeightKind(replace(fmt, scaling="channel", scale_dtype="float32"), _shape(kinds))
         return kind, (codes, torch.cat(scales).float())

@@ -51,7 +51,7 @@ class Bf16(RecipeLayer):
         return cls()
 
     @classmethod
-    def unite(cls, layers: Sequence[RecipeLayer]) -> bool:
+    def unite(cls, layers: Sequence[RecipeLayer], kind: WeightKind) -> bool:
         """See `RecipeLayer.unite`: there is no state."""
         return True
 

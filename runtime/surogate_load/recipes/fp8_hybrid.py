@@ -177,7 +177,7 @@ class Fp8Hybrid(RecipeLayer):
         return cls(weight, recipe, _Fp8Product if emulate or reason is not None else _TensorCoreProduct)
 
     @classmethod
-    def unite(cls, layers: Sequence[RecipeLayer]) -> bool:
+    def unite(cls, layers: Sequence[RecipeLayer], kind: WeightKind) -> bool:
         """See `RecipeLayer.unite`. They quantize the same x; their dy, beside each other, get one scale."""
         members = [layer for layer in layers if isinstance(layer, Fp8Hybrid)]
         first = members[0]
@@ -185,7 +185,7 @@ class Fp8Hybrid(RecipeLayer):
             return False
         for layer in members[1:]:
             layer.input, layer.gradient = first.input, first.gradient
-        E4m3Source.unite([layer.weight for layer in members])
+        E4m3Source.unite([layer.weight for layer in members], kind)
         return True
 
     @property

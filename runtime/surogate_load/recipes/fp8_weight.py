@@ -55,7 +55,7 @@ class E4m3Source(FixedDtypeModule):
         one: float32 [1], the scale of codes that are taken as they stand.
         measured: whether the power of two is the weight's.
         by_row: whether a scale of the whole weight is applied to each row, as it must be where the weight is one of
-            several.
+            several with scales of their own.
     """
 
     multiplier: Tensor
@@ -86,11 +86,12 @@ class E4m3Source(FixedDtypeModule):
         return _OPERANDS[fmt.name, fmt.scaling if isinstance(fmt, FP8) else ""](self, kind, parts)
 
     @staticmethod
-    def unite(sources: Sequence[E4m3Source]) -> None:
-        """Gives weights that are multiplied as one the same power of two: one that keeps all of them below 448."""
+    def unite(sources: Sequence[E4m3Source], kind: WeightKind) -> None:
+        """Gives weights that are multiplied as one, of this kind, the same power of two, which keeps all below 448."""
         least = torch.stack([source.multiplier for source in sources]).amin(0)
+        by_row = isinstance(kind.format, FP8) and kind.format.scaling == "channel"
         for source in sources:
-            source.multiplier, source.inverse, source.by_row = least, 1 / least, True
+            source.multiplier, source.inverse, source.by_row = least, 1 / least, by_row
 
 
 def _multiplier(weight: PackedWeight) -> Tensor:

@@ -65,11 +65,12 @@ class RecipeLayer(FixedDtypeModule):
         return y
 
     @classmethod
-    def unite(cls, layers: Sequence[RecipeLayer]) -> bool:
+    def unite(cls, layers: Sequence[RecipeLayer], kind: WeightKind) -> bool:
         """Has layers of this class that read the same x keep one scaling state: they can then multiply as one weight.
 
         Args:
             layers: of one recipe, in the order of their rows in that weight.
+            kind: of that weight.
 
         Returns:
             Whether the recipe allows it.

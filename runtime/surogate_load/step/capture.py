@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from surogate_load.kernels import load_kernels
-from surogate_load.linear import QuantizedLinear
 from surogate_load.recipes.delayed import DelayedScale
 from surogate_load.recipes.noise import Noise
 from surogate_load.step.attention import fastest_attention
@@ -24,22 +23,13 @@ class Gradients:
     """One buffer a trainable parameter, to which graphs add: they know addresses, not attributes.
 
     Args:
-        model: whose trainable parameters get one.
+        parameters: that a model trains.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes the buffers; `attach` fills them."""
-        self._all = list(model.parameters())
-        self._adapters = [module for module in model.modules() if hasattr(module, "disable_adapters")]
-        self._modules = list(model.modules())
-        self._layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-        self.parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self.parameters = list(parameters)
         self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self._made_for = self._identity(model)
-
-    def fits(self, model: nn.Module) -> bool:
-        """Whether the model still trains the same parameters, where they were, through the same adapters and recipe."""
-        return self._made_for == self._identity(model)
 
     def attach(self) -> None:
         """Makes the buffers the parameters' gradients, with what those hold: zeros where there is none."""
@@ -52,25 +42,6 @@ class Gradients:
             parameter.grad = buffer
         if zero:
             torch._foreach_zero_(zero)
-
-    def _identity(self, model: nn.Module) -> tuple[Any, ...]:
-        active = getattr(model, "active_adapters", None)
-        return (
-            id(model),
-            [parameter.data_ptr() if parameter.requires_grad else 0 for parameter in self._all],
-            list(active) if isinstance(active, list) else [],
-            [module.disable_adapters for module in self._adapters],
-            [_scaling(module) for module in self._adapters],
-            [layer.recipe for layer in self._layers],
-            [module.training for module in self._modules],
-            [getattr(module, "gradient_checkpointing", False) for module in self._modules],
-            getattr(getattr(model, "config", None), "_attn_implementation", None),
-        )
-
-
-def _scaling(layer: nn.Module) -> dict[str, Any]:
-    scaling = getattr(layer, "scaling", None)
-    return dict(scaling) if isinstance(scaling, dict) else {}
 
 
 class Capture:

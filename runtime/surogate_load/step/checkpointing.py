@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from surogate_load.step.survey import Survey
+
 _FUNCTION = "_gradient_checkpointing_func"
 _CACHES = {"cache", "layer_past"}
 """Names of a cache among transformers' arguments of a layer."""
 
 
-def why_not_captured(model: nn.Module) -> str | None:
+def why_not_captured(survey: Survey) -> str | None:
     """What keeps a model's checkpointing out of a graph; None if nothing does, or if it checkpoints nothing."""
-    layers = list(_checkpointed(model))
+    layers = [layer for layer in survey.checkpointed if hasattr(layer, _FUNCTION)]
     if not layers:
         return None
-    if any(_has_dropout(module) for module in model.modules() if module.training):
+    if any(_has_dropout(module) for module in survey.modules if module.training):
         return "activation checkpointing with dropout, whose random state is read on the host"
     if not all(_is_plain(getattr(layer, _FUNCTION)) for layer in layers):
         return "activation checkpointing in another way than torch's with use_reentrant=False"

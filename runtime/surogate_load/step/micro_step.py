@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surogate_load.step.capturable import why_eager
 from surogate_load.step.capture import Capture, Gradients
+from surogate_load.step.survey import Survey
 
 _LOG = logging.getLogger("surogate_load")
 
@@ -41,6 +42,8 @@ class MicroStep:
         self.graphs = graphs
         self._captures: dict[Any, Capture] = {}
         self._gradients: Gradients | None = None
+        self._survey: Survey | None = None
+        self._state: tuple[Any, ...] = ()
         self._said: set[str] = set()
 
     def __call__(self, *, gradient_scale: Tensor | float = 1.0, **batch: Any) -> Tensor:
@@ -54,14 +57,17 @@ class MicroStep:
             The loss, not scaled, float [], without a graph; not yet computed when this returns.
         """
         batch = _without_full_mask(batch)
-        reason = why_eager(self.model, batch)
+        survey = self._surveyed()
+        reason = why_eager(survey, batch)
         if reason is None:
             device = next(self.model.parameters()).device
             given = {**_on_device(batch, device), "gradient_scale": _scalar(gradient_scale, device)}
-            captured = self._captured(given)
+            captured = self._captured(given, survey)
             if captured is not None:
                 return captured.replay(given)
             reason = f"another shape, after {self.graphs} captured"
+        else:
+            self._survey = None  # what was in the way may go
         self._say(reason)
         loss: Tensor = self.model(**batch).loss
         (loss * gradient_scale).backward()  # type: ignore[no-untyped-call]
@@ -70,12 +76,22 @@ class MicroStep:
     def reset(self) -> None:
         """Forgets what was captured, and frees its memory."""
         self._captures.clear()
-        self._gradients = None
+        self._gradients = self._survey = None
 
-    def _captured(self, given: dict[str, Any]) -> Capture | None:
-        if self._gradients is None or not self._gradients.fits(self.model):
+    def _surveyed(self) -> Survey:
+        """What the model holds; forgets what was captured if it trains otherwise now."""
+        if self._survey is None or self._survey.model is not self.model:
+            self._survey = Survey(self.model)
+        state = self._survey.state()
+        if state != self._state:
             self.reset()
-            self._gradients = Gradients(self.model)
+            self._survey = Survey(self.model)
+            self._state = self._survey.state()
+        return self._survey
+
+    def _captured(self, given: dict[str, Any], survey: Survey) -> Capture | None:
+        if self._gradients is None:
+            self._gradients = Gradients(survey.trained)
         key = _key(given)
         if key not in self._captures and len(self._captures) < self.graphs:
             self._captures[key] = Capture(self.model, given, self._gradients)
