@@ -68,16 +68,19 @@ def _nvfp4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:
 
 
 def _fp8(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:
-    """Members of a fused group share their scale; where they don't, each of a member's rows gets it."""
+    """Members of a fused group share their scale; where they don't, each of a member's rows gets it.
+
+    In float32, as FP8 products take it: what it is in the members' dtype would be cast in each of them.
+    """
     fmt = kinds[0].format
     assert isinstance(fmt, FP8)
     codes = _below(parts, 0)
     if fmt.scaling == "tensor":
-        if all(torch.equal(scale, parts[0][1]) for _, scale in parts):
-            return WeightKind(fmt, _shape(kinds)), (codes, parts[0][1].clone())
+        alike, fmt = all(torch.equal(scale, parts[0][1]) for _, scale in parts), replace(fmt, scale_dtype="float32")
+        if alike:
+            return WeightKind(fmt, _shape(kinds)), (codes, parts[0][1].to(torch.float32, copy=True))
         scales = [scale.reshape(1, 1).expand(kind.shape[0], 1) for kind, (_, scale) in zip(kinds, parts, strict=True)]
-        kind = WeightKind(replace(fmt, scaling="channel", scale_dtype="float32"), _shape(kinds))
-        return kind, (codes, torch.cat(scales).float())
+        return WeightKind(replace(fmt, scaling="channel"), _shape(kinds)), (codes, torch.cat(scales).float())
     if fmt.scaling == "block" and any(kind.shape[0] % TILE for kind in kinds):
         return None
     return WeightKind(fmt, _shape(kinds)), (codes, _below(parts, 1))
