@@ -2,9 +2,10 @@
 
     python tools/bench_parallel.py --size 8B --ranks 2 --json parallel.json
 
-NF4, recipe bf16, compiled layers; a step is 4 micro-batches of 2 x 2048 tokens on every rank and an AdamW step on
-adapters of rank 16 on all seven linears, weights and tokens random. Each row is started by torchrun (nccl; gloo with
---device cpu, to see that it runs) in processes of its own; figures are medians of steps after the first ones.
+NF4, recipe bf16, layers compiled in every row (--eager: in none); a step is 4 micro-batches of 2 x 2048 tokens on every
+rank and an AdamW step on adapters of rank 16 on all seven linears, weights and tokens random. Each row is started by
+torchrun (nccl; gloo with --device cpu, to see that it runs) in processes of its own, printed and written as it ends;
+figures are medians of steps after the first ones.
 """
 
 import argparse
@@ -106,14 +107,33 @@ def _in_processes(row: str, arguments: argparse.Namespace) -> dict:
     command += [__file__, "--one", row, "--size", arguments.size, "--format", arguments.format]
     command += ["--recipe", arguments.recipe, "--device", arguments.device, "--batch", *map(str, arguments.batch)]
     command += ["--eager"] if arguments.eager else []
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
+        ended = _wait(subprocess.Popen(command, stdout=out, stderr=log, text=True), arguments.timeout)
+        printed, said = _read(out), _read(log)
+    found = [line for line in printed.splitlines() if line.startswith('{"row"')]
+    if found:
+        return json.loads(found[-1])
+    late = "" if ended else f"longer than {arguments.timeout} s: "
+    return {"row": row, "error": late + said.strip()[-5000:]}
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> bool:
+    """Whether it ended in time; if not it is asked to end its ranks, which would keep the GPUs."""
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.timeout)
-    except subprocess.TimeoutExpired as error:
-        return {"row": row, "error": f"longer than {arguments.timeout} s: {str(error.stderr)[-1500:]}"}
-    found = [line for line in ran.stdout.splitlines() if line.startswith('{"row"')]
-    if ran.returncode or not found:
-        return {"row": row, "error": ran.stderr.strip()[-3000:]}
-    return json.loads(found[-1])
+        process.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        process.terminate()
+    try:
+        process.wait(60)  # torchrun gives its ranks 30
+    except subprocess.TimeoutExpired:
+        process.kill()
+    return False
+
+
+def _read(file) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def bench(row: str, arguments: argparse.Namespace) -> None:

@@ -33,11 +33,13 @@ class CalibrationOptions:
         text: a file of text (`.txt`, or `.jsonl` with a field `text` or `input_ids`); None: the model writes it.
         tokens: how many; None: by the widest weight.
         seed: of the text that the model writes.
+        adapter_joint: codes and adapter are chosen together: better with the adapter, worse without.
     """
 
     text: str | None = None
     tokens: int | None = None
     seed: int = 0
+    adapter_joint: bool = False
 
     def tokens_for(self, widest: int) -> int:
         """How many tokens, for weights of up to `widest` columns; whole rows."""
@@ -46,7 +48,7 @@ class CalibrationOptions:
 
 
 def settle_calibration(
-    codes: str, text: str | None, tokens: int | None, adapter_init: int | None
+    codes: str, text: str | None, tokens: int | None, adapter_init: int | None, adapter_joint: bool = False
 ) -> CalibrationOptions:
     """The options of calibration, if they go together.
 
@@ -64,4 +66,6 @@ def settle_calibration(
     for name, number in {"calibration_tokens": tokens, "adapter_init": adapter_init}.items():
         if number is not None and number < 1:
             raise CalibrationOptionsError(f"`{name}` is {number}: must be positive")
-    return CalibrationOptions(text, tokens)
+    if adapter_joint and (codes != "calibrated" or adapter_init is None):
+        raise CalibrationOptionsError("`adapter_joint` is for `codes='calibrated'` with `adapter_init`; give both")
+    return CalibrationOptions(text, tokens, adapter_joint=adapter_joint)

@@ -79,6 +79,8 @@ DEVICES = ("auto", "cpu", "cuda")
               "weight, 14336 or more]")  # fmt: skip
 @click.option("--adapter-init", metavar="RANK", type=click.IntRange(min=1), help="Write a LoRA adapter, too, that "
               "starts from what is left of the error; found on the same text.")  # fmt: skip
+@click.option("--adapter-joint", is_flag=True, help="With --calibrate and --adapter-init: choose codes and adapter "
+              "together; better with the adapter, worse without it.")  # fmt: skip
 @click.option("--skip-first-layers", type=click.IntRange(min=0), help="Decoder blocks that stay as they are.")
 @click.option("--skip-last-layers", type=click.IntRange(min=0), help="Decoder blocks that stay as they are.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Modules that stay as they are, beside the usual ones: "
@@ -207,6 +209,7 @@ def _options(out: Out, arguments: dict[str, Any]) -> tuple[str | None, Options]:
         calibration_text=arguments["calibration_text"],
         calibration_tokens=arguments["calibration_tokens"],
         adapter_init=arguments["adapter_init"],
+        adapter_joint=arguments["adapter_joint"],
     )
     return arguments["model"] or (training.model if training else None), options
 

@@ -102,6 +102,7 @@ def make_options(
     calibration_text: str | None = None,
     calibration_tokens: int | None = None,
     adapter_init: int | None = None,
+    adapter_joint: bool = False,
 ) -> Options:
     """Settles arguments and a training file into options; an argument that is given wins over the file.
 
@@ -120,6 +121,7 @@ def make_options(
         calibration_text: a file to calibrate on; None: the model writes the text.
         calibration_tokens: how many tokens of it; None: by the widest weight.
         adapter_init: rank of a LoRA adapter that starts from what is left of the error, found on the same text.
+        adapter_joint: choose calibrated codes and the adapter together: better with it, worse without.
 
     Raises:
         UsageError: no format, or a parameter, layout or recipe that doesn't go with the format.
@@ -146,7 +148,7 @@ def make_options(
         layout_asked=layout is not None,
         quantize_lm_head=quantize_lm_head,
         codes=codes,
-        calibration=settle_calibration(codes, calibration_text, calibration_tokens, adapter_init),
+        calibration=settle_calibration(codes, calibration_text, calibration_tokens, adapter_init, adapter_joint),
         adapter_init=adapter_init,
     )
 

@@ -15,21 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.dtypes import FLOATS
 from surogate_formats.errors import SurogateError
 from surogate_load.architecture import model_class, need_transformers, one_line
+from surogate_load.model_tensors import DenseTensors, ModelTensors
 
 
 class NoBlocksError(SurogateError):
     """The model's blocks can't be found, filled or run one by one."""
 
 
+class NotFiniteError(SurogateError):
+    """The model's own activations hold a NaN or an infinity."""
+
+
 class BlockRunner:
     """A model whose blocks are loaded one at a time; everything else of it is in memory.
 
     Args:
-        checkpoint: the dense checkpoint.
-        device: where the model runs.
+        tensors: of the model, or the dense checkpoint that holds them.
+        device: where the model runs; on `meta` nothing is read, and the model can be looked at alone.
         dtype: of weights and activations.
 
     Attributes:
@@ -45,10 +49,11 @@ class BlockRunner:
         NoBlocksError: see the class; the message names the architecture.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, tensors: Checkpoint | ModelTensors, device: str | torch.device, dtype: torch.dtype) -> None:
         """Builds the model and fills what isn't a block."""
-        self._checkpoint, self.device, self._dtype = checkpoint, torch.device(device), dtype
-        self._model = _empty_model(checkpoint, dtype)
+        self._tensors: ModelTensors = DenseTensors(tensors) if isinstance(tensors, Checkpoint) else tensors
+        self.device, self._dtype = torch.device(device), dtype
+        self._model = _empty_model(self._tensors, dtype)
         self.name = type(self._model).__name__
         self.prefix, self._blocks = self._find_blocks()
         self.count = len(self._blocks)
@@ -57,6 +62,7 @@ class BlockRunner:
         self.longest: int = getattr(self._model.config.get_text_config(), "max_position_embeddings", 1 << 30)
         self._empty = list(self._blocks)
         self._calls: list[dict[str, Any]] = []
+        self._shape: tuple[int, ...] = ()
         self._fill(self._model, "", skip=f"{self.prefix}.")
         for index in range(self.count):
             self._blocks[index] = nn.Identity()
@@ -66,15 +72,31 @@ class BlockRunner:
         """The hidden states before the first block, [rows, tokens, hidden], of int64 [rows, tokens].
 
         What the blocks are called with for rows of this shape is known from then on.
+
+        Raises:
+            NoBlocksError: that isn't the same for every text, or the blocks aren't called one after the other.
+            NotFiniteError: see the class.
         """
         recorders = [_Recorder() for _ in range(self.count)]
         with self._in_place(recorders), torch.no_grad(), self._running():
             self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
         if not all(recorder.called for recorder in recorders):
-            raise NoBlocksError(f"{self.name}: not every block is called once, in order; it can't be calibrated")
-        self._calls = [recorder.keywords for recorder in recorders]
-        first: Tensor = recorders[0].hidden
-        return first
+            raise NoBlocksError(
+                f"{self.name}: not every block is called once, in order; it can't be run block by block"
+            )
+        calls, shape = [recorder.keywords for recorder in recorders], tuple(ids.shape)
+        if shape == self._shape and not _equal(calls, self._calls):
+            raise NoBlocksError(
+                f"{self.name}: what its blocks are given depends on the text; it can't be run block by block"
+            )
+        self._calls, self._shape = calls, shape
+        return self._finite(recorders[0].hidden, "what goes into its blocks")
+
+    def check_blocks(self) -> None:
+        """Raises `NoBlocksError` unless the files hold every tensor of every block, in the model's shape."""
+        for index, block in enumerate(self._empty):
+            for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+                self._check(f"{self.prefix}.{index}.{name}", tensor)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -102,17 +124,32 @@ class BlockRunner:
             yield self._model
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden states after a block, in the shape of those before it."""
+        """The hidden states after a block, in the shape of those before it; `NotFiniteError` if they are none."""
         with torch.no_grad(), self._running():
             found = block(hidden.to(self.device), **self._calls[index])
-        result: Tensor = found[0] if isinstance(found, tuple) else found
-        return result
+        return self._finite(found[0] if isinstance(found, tuple) else found, f"{self.prefix}.{index}")
+
+    def through(self, ids: Tensor) -> Tensor:
+        """The logits of int64 [rows, tokens], a block in memory at a time."""
+        hidden = self.embed(ids)
+        for index in range(self.count):
+            with self.block(index) as block:
+                hidden = self.run(index, block, hidden)
+        return self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states after the last block."""
         with self._in_place([_Answer(hidden) for _ in range(self.count)]), torch.no_grad():
             ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
             found: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return self._finite(found, "its head")
+
+    def _finite(self, found: Tensor, where: str) -> Tensor:
+        if not torch.isfinite(found).all():
+            dtype = str(found.dtype).removeprefix("torch.")
+            raise NotFiniteError(
+                f"{self.name}: {where} gives a NaN or an infinity in {dtype}; look at its weights, or take another dtype"
+            )
         return found
 
     @contextmanager
@@ -142,7 +179,7 @@ class BlockRunner:
             for name, module in self._model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == wanted
         ]
-        outer = [pair for pair in lists if f"{pair[0]}.0." in " ".join(self._checkpoint.tensors)]
+        outer = [pair for pair in lists if f"{pair[0]}.0." in " ".join(self._tensors.names)]
         if len(outer) != 1:
             raise NoBlocksError(f"{self.name}: its decoder blocks can't be told; it can't be run block by block")
         return outer[0]
@@ -154,22 +191,22 @@ class BlockRunner:
             full = prefix + name
             if skip is not None and full.startswith(skip):
                 continue
-            if full in self._checkpoint.tensors:
-                _assign(module, name, self._read(full, tensor))
-            elif tensor.is_meta and name not in tied:
-                raise NoBlocksError(
-                    f"{self.name}: {full} isn't in the checkpoint under this name; it can't be run block by block"
-                )
+            if full in self._tensors.names or name not in tied:
+                self._check(full, tensor)
+            if full in self._tensors.names and self.device.type != "meta":
+                _assign(module, name, self._tensors.read(full, self.device, self._dtype))
         if not prefix:
             self._model.tie_weights()
 
-    def _read(self, name: str, like: Tensor) -> Tensor:
-        info = self._checkpoint.tensors[name].info
-        if tuple(like.shape) != info.shape:
-            raise NoBlocksError(f"{self.name}: {name} is {list(info.shape)}, the model wants {list(like.shape)}")
-        value = torch.empty(info.shape, dtype=_TORCH[info.dtype])
-        self._checkpoint.read_into(name, value.reshape(-1).view(torch.uint8).numpy().data)
-        return value.to(self.device, self._dtype if value.is_floating_point() else value.dtype)
+    def _check(self, name: str, like: Tensor) -> None:
+        if name in self._tensors.names:
+            shape = self._tensors.shape(name)
+            if tuple(like.shape) != shape:
+                raise NoBlocksError(f"{self.name}: {name} is {list(shape)}, the model wants {list(like.shape)}")
+        elif like.is_meta:
+            raise NoBlocksError(
+                f"{self.name}: {name} isn't in the checkpoint under this name; it can't be run block by block"
+            )
 
 
 class _Recorder(nn.Module):
@@ -197,28 +234,36 @@ class _Answer(nn.Module):
         return self._hidden
 
 
-_TORCH = {dtype: getattr(torch, name) for name, dtype in FLOATS.items()} | {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-}
+_NOT_THE_MODEL = ("quantization_config", "compression_config", "auto_map")
+"""Keys of config.json that say how weights are packed, or whose code to run."""
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _equal(calls: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    """Whether all tensors in two lists of keywords are equal; each is compared once."""
+    one, other = ({id(tensor): tensor for tensor in _tensors_in(found)} for found in (calls, others))
+    return len(one) == len(other) and all(map(torch.equal, one.values(), other.values()))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
+
+
+def _empty_model(tensors: ModelTensors, dtype: torch.dtype) -> Any:
     """The model with its parameters on the meta device; buffers that no file holds are computed."""
     transformers = need_transformers()
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
-    settings = dict(checkpoint.config)
-    settings.pop("quantization_config", None)
-    settings.pop("auto_map", None)
+    settings = {key: value for key, value in tensors.config.items() if key not in _NOT_THE_MODEL}
     try:
         config = transformers.AutoConfig.for_model(**settings)
         with init_empty_weights(include_buffers=False):
             model = model_class(settings)._from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NoBlocksError(f"{checkpoint.directory}: the model can't be built ({one_line(error)})") from error
+        raise NoBlocksError(f"{tensors.directory}: the model can't be built ({one_line(error)})") from error
     return model.eval()
 
 

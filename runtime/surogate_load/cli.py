@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import click
@@ -86,25 +87,33 @@ def verify(artifact: str, against: str | None) -> None:
     type=click.Path(),
     help="Directory of the dense model that it was made from.",
 )
-@click.option("--text", required=True, type=click.Path(), help="A text file; its first tokens are predicted.")
+@click.option("--text", type=click.Path(), help="A text file; its first tokens are predicted.  [default: the "
+              "language reference of the running Python]")  # fmt: skip
 @click.option("--context", default=1024, show_default=True, type=click.IntRange(min=2), help="Tokens of a window.")
 @click.option("--windows", default=3, show_default=True, type=click.IntRange(min=1), help="How many windows.")
 @click.option("--device", default="cpu", show_default=True, help="Where both models run.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of both models.  [default: as in "
+              "the source]")  # fmt: skip
+@click.option("--adapter", metavar="DIR", type=click.Path(), help="An adapter of ARTIFACT that PEFT saved; init: the "
+              "one that was made with it.")  # fmt: skip
 @click.option("--json", "json_mode", is_flag=True, help="Print the result as JSON.")
 @on_the_hub
-def evaluate(artifact: str, against: str, text: str, context: int, windows: int, device: str, json_mode: bool) -> None:
+def evaluate(artifact: str, against: str, text: str | None, windows: int, json_mode: bool, **options: Any) -> None:
     """Compare ARTIFACT with the dense model, on a text.
 
-    Prints the mean KL divergence and both perplexities.
+    Prints the mean KL divergence, both perplexities, and the share of tokens after which both find the same token
+    likeliest. A decoder block of one model is in memory at a time, and what is no block of both.
     """
     from surogate_load.evaluation import evaluate_artifact
 
-    found = evaluate_artifact(artifact, against, text, context=context, count=windows, device=device)
+    told = partial(click.echo, err=True)
+    found = evaluate_artifact(artifact, against, text, count=windows, told=told, **options)
     rows = {
         "tokens": found.tokens,
         "mean KL (nats)": round(found.mean_kl, 6),
         "perplexity": round(found.perplexity, 4),
         "perplexity of the dense model": round(found.reference_perplexity, 4),
+        "top-1 agreement": round(found.top1_agreement, 4),
     }
     click.echo(json.dumps(rows, indent=2)) if json_mode else print_rows(rows)
 

@@ -48,7 +48,7 @@ def _check_others(out: str | None = None, adapter: str | None = None, **_: Any) 
         from surogate_load.export.checkpoint import check_absent
 
         check_absent(Path(out))
-    if adapter is not None:
+    if adapter not in (None, "init"):
         from surogate_load.saved_adapter import check_saved
 
         check_saved(adapter)

@@ -1,11 +1,11 @@
-"""How far a model's predictions are from a reference model's: mean KL divergence and perplexity."""
+"""How far a model's predictions are from a reference model's: mean KL divergence, perplexity, top-1 agreement."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,12 +26,18 @@ class Evaluation:
         mean_kl: mean KL(reference || model) in nats.
         perplexity: of the model.
         reference_perplexity: of the reference.
+        top1_agreement: share of the tokens after which both find the same token likeliest.
     """
 
     tokens: int
     mean_kl: float
     perplexity: float
     reference_perplexity: float
+    top1_agreement: float
+
+
+class OtherVocabularyError(UsageError):
+    """Two models that know different numbers of tokens."""
 
 
 class TooShortTextError(UsageError):
@@ -48,6 +54,51 @@ def windows(ids: list[int], context: int, count: int) -> Tensor:
     return torch.tensor(ids[: whole * context]).reshape(whole, context)
 
 
+@dataclass
+class Sums:
+    """Adds up a comparison, some positions at a time; in float64."""
+
+    _tokens: int = field(default=0, init=False)
+    _predicted: int = field(default=0, init=False)
+    _agreed: int = field(default=0, init=False)
+    _divergence: float = field(default=0.0, init=False)
+    _likelihood: float = field(default=0.0, init=False)
+    _expected: float = field(default=0.0, init=False)
+
+    def add(self, expected: Tensor, found: Tensor, following: Tensor) -> None:
+        """Adds positions.
+
+        Args:
+            expected: float32 [tokens, vocabulary], the reference's log-probabilities.
+            found: the model's.
+            following: int64 [tokens], the token after each; [tokens - 1] where the window ends with the last.
+
+        Raises:
+            OtherVocabularyError: see the class.
+        """
+        if expected.shape != found.shape:
+            raise OtherVocabularyError(
+                f"the dense model knows {expected.shape[1]} tokens, the artifact {found.shape[1]}: it wasn't made of it"
+            )
+        self._tokens += len(expected)
+        self._predicted += len(following)
+        self._agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        self._divergence += _divergence(expected, found)
+        self._likelihood += _log_likelihood(found, following)
+        self._expected += _log_likelihood(expected, following)
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Of all that was added."""
+        return Evaluation(
+            self._tokens,
+            self._divergence / self._tokens,
+            math.exp(-self._likelihood / self._predicted),
+            math.exp(-self._expected / self._predicted),
+            self._agreed / self._tokens,
+        )
+
+
 def evaluate(model: Any, reference: Any, ids: Tensor) -> Evaluation:
     """Compares a model with a reference, window by window, so that memory doesn't grow with the text.
 
@@ -55,18 +106,15 @@ def evaluate(model: Any, reference: Any, ids: Tensor) -> Evaluation:
         model: a causal language model of transformers.
         reference: another one with the same vocabulary.
         ids: int64 [windows, tokens]; a window never sees another.
+
+    Raises:
+        OtherVocabularyError: the vocabularies differ.
     """
-    divergence = own = expected = 0.0
+    sums = Sums()
     with _evaluating(model), _evaluating(reference):
         for window in ids:
-            p, q = _log_probabilities(reference, window), _log_probabilities(model, window)
-            divergence += _divergence(p, q)
-            own += _log_likelihood(q, window)
-            expected += _log_likelihood(p, window)
-    count, tokens = ids.shape
-    predicted = count * (tokens - 1)
-    mean = divergence / (count * tokens)
-    return Evaluation(count * tokens, mean, math.exp(-own / predicted), math.exp(-expected / predicted))
+            sums.add(_log_probabilities(reference, window), _log_probabilities(model, window), window[1:])
+    return sums.evaluation
 
 
 def reference_logprobs(model: Any, ids: Tensor) -> Tensor:
@@ -104,7 +152,7 @@ def kl_and_perplexity(model: Any, ids: Tensor, reference: Tensor) -> tuple[float
         for window, expected in zip(ids, reference, strict=True):
             found = _log_probabilities(model, window)
             divergence += _divergence(expected, found)
-            likelihood += _log_likelihood(found, window)
+            likelihood += _log_likelihood(found, window[1:])
     count, tokens = ids.shape
     return divergence / (count * tokens), math.exp(-likelihood / (count * (tokens - 1)))
 
@@ -126,10 +174,10 @@ def _log_probabilities(model: Any, window: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def _log_likelihood(found: Tensor, window: Tensor) -> float:
-    """Sum of the log-probabilities of the tokens that have a predecessor."""
-    following = window[1:].to(found.device).unsqueeze(1)
-    return found[:-1].gather(1, following).double().sum().item()
+def _log_likelihood(found: Tensor, following: Tensor) -> float:
+    """Sum of the log-probabilities of the tokens that follow the first positions."""
+    chosen = following.to(found.device).unsqueeze(1)
+    return found[: len(following)].gather(1, chosen).double().sum().item()
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:

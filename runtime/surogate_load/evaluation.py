@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from surogate_formats.errors import UsageError
+import torch
+from torch import Tensor
+
+from surogate_formats.artifact import ADAPTER, Artifact
+from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.errors import CheckpointError, UsageError
 from surogate_load.architecture import model_class, need_transformers, one_line
+from surogate_load.block_evaluation import evaluate_blocks
+from surogate_load.block_runner import BlockRunner, NoBlocksError
+from surogate_load.device_choice import default_dtype, memory_errors, reachable
 from surogate_load.divergence import Evaluation, evaluate, windows
+from surogate_load.load_keywords import chosen_dtype
 from surogate_load.loading import load_model
+from surogate_load.local import open_local
+from surogate_load.lora_factors import NotPlainAdapterError, read_factors
+from surogate_load.model_tensors import PackedTensors
+from surogate_load.saved_adapter import check_saved, with_adapter
+
+INIT = "init"
+"""Names the adapter that was made with the artifact."""
 
 
 class UnreadableTextError(UsageError):
@@ -21,37 +37,99 @@ class UnreadableModelError(UsageError):
     """The dense model, or its tokenizer, can't be loaded."""
 
 
+class ForeignTextError(UsageError):
+    """Tokens that the model doesn't know, or windows that are longer than it takes."""
+
+
 def evaluate_artifact(
-    artifact: str | Path, against: str | Path, text: str | Path, *, context: int, count: int, device: str = "cpu"
+    artifact: str | Path,
+    against: str | Path,
+    text: str | Path | None = None,
+    *,
+    context: int,
+    count: int,
+    device: str = "cpu",
+    dtype: str | None = None,
+    adapter: str | Path | None = None,
+    told: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Compares an artifact under recipe bf16 with its dense source.
+    """Compares an artifact under recipe bf16 with its dense source, a decoder block of either in memory at a time.
+
+    Models that can't be run block by block (mixtures of experts; `told` says so), and adapters that are more than
+    LoRA on linears of blocks, are loaded whole.
 
     Args:
         artifact: directory of the artifact, or its name on the Hub.
         against: directory of the dense model; its tokenizer is used.
-        text: a UTF-8 file.
+        text: a UTF-8 file; by default CPython's language reference, as the running Python has it.
         context: tokens of a window.
         count: how many windows, from the start of the text.
         device: where both models run.
+        dtype: of both models, see `load_model`; by default that of the source.
+        adapter: of the artifact: a directory that PEFT saved, or `init` for the one that was made with it.
+        told: is given a line where something isn't done as usual.
 
     Raises:
-        UnreadableTextError: see the class.
+        UnreadableTextError, ForeignTextError, TooShortTextError: the text can't be used.
         UnreadableModelError: see the class.
+        OtherVocabularyError: the artifact isn't made of that model.
+        UnreadableAdapterError: there is no such adapter.
         Everything that `load_model` raises.
     """
-    content = _read(Path(text))
+    content = _read(text)
     transformers = need_transformers()
     if not Path(against).is_dir():
         raise UnreadableModelError(f"{against}: no such directory; give that of the dense model, with its tokenizer")
     with _reading(against, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(against), local_files_only=True)
     ids = windows(tokenizer(content, add_special_tokens=False)["input_ids"], context, count)
-    packed = load_model(artifact, "bf16", device)
+    reached = reachable(device)
+    with open_local(artifact) as opened, memory_errors(opened, reached):
+        folder = opened.path / ADAPTER if adapter == INIT else adapter
+        if folder is not None:
+            check_saved(folder)
+        chosen = chosen_dtype(dtype, None) or default_dtype(opened, reached)
+        try:
+            return _evaluate_blocks(opened, against, ids, reached, chosen, folder)
+        except (NoBlocksError, NotPlainAdapterError) as error:
+            told(f"{error}: both models are loaded whole")
+        return _evaluate_whole(opened, against, ids, reached, chosen, folder)
+
+
+def _evaluate_blocks(
+    opened: Artifact, against: str | Path, ids: Tensor, device: torch.device, dtype: torch.dtype, folder: Any
+) -> Evaluation:
+    factors = {} if folder is None else read_factors(folder)
+    try:
+        checkpoint = Checkpoint.open(against)
+    except CheckpointError as error:
+        raise UnreadableModelError(f"{against}: its model can't be loaded ({one_line(error)})") from error
+    with checkpoint:
+        model = BlockRunner(PackedTensors(opened), device, dtype)
+        _check_ids(ids, model.vocabulary, model.longest)
+        return evaluate_blocks(model, BlockRunner(checkpoint, device, dtype), ids, factors)
+
+
+def _evaluate_whole(
+    opened: Artifact, against: str | Path, ids: Tensor, device: torch.device, dtype: torch.dtype, folder: Any
+) -> Evaluation:
+    packed = load_model(opened.path, "bf16", device, dtype)
+    config = packed.config.get_text_config()
+    _check_ids(ids, config.vocab_size, getattr(config, "max_position_embeddings", ids.shape[1]))
+    if folder is not None:
+        packed = with_adapter(packed, folder)
     with _reading(against, "model"):
-        dense: Any = model_class(packed.config.to_dict()).from_pretrained(
-            str(against), dtype=packed.dtype, local_files_only=True
-        )
+        dense: Any = model_class(dict(opened.config)).from_pretrained(str(against), dtype=dtype, local_files_only=True)
     return evaluate(packed, dense.to(device), ids)
+
+
+def _check_ids(ids: Tensor, vocabulary: int, longest: int) -> None:
+    if (largest := int(ids.max())) >= vocabulary:
+        raise ForeignTextError(
+            f"the text has token {largest}, and the model knows {vocabulary}: is the tokenizer its own?"
+        )
+    if ids.shape[1] > longest:
+        raise ForeignTextError(f"--context {ids.shape[1]}: the model takes {longest} tokens; lower it")
 
 
 @contextmanager
@@ -62,8 +140,18 @@ def _reading(against: str | Path, what: str) -> Iterator[None]:
         raise UnreadableModelError(f"{against}: its {what} can't be loaded ({one_line(error)})") from error
 
 
-def _read(path: Path) -> str:
+def _read(text: str | Path | None) -> str:
+    if text is None:
+        return _language_reference()
     try:
-        return path.read_text("utf-8")
+        return Path(text).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableTextError(f"{path}: can't be read as UTF-8 text ({error}); check the path") from error
+        raise UnreadableTextError(f"{text}: can't be read as UTF-8 text ({error}); check the path") from error
+
+
+def _language_reference() -> str:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UnreadableTextError("this Python has no language reference (pydoc_data); give a --text") from error
+    return "\n".join(topics[key] for key in sorted(topics))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from quantizer.checkpoints import contents
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from make_tiny import make_tiny
@@ -148,21 +149,43 @@ def test_a_budget_that_a_block_does_not_fit_is_refused(source, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("codes", ["nearest", "calibrated"])
-def test_an_adapter_starts_from_what_is_left(source, text, tmp_path, codes):
+@pytest.mark.parametrize(("codes", "joint"), [("nearest", False), ("calibrated", False), ("calibrated", True)])
+def test_an_adapter_starts_from_what_is_left(source, text, tmp_path, codes, joint):
     out = tmp_path / "out"
-    options = make_options("nf4", {}, codes=codes, calibration_text=str(text), calibration_tokens=4096, adapter_init=8)
-    quantize(source, out, options)
+    settings = {"calibration_text": str(text), "calibration_tokens": 4096, "adapter_init": 8}
+    quantize(source, out, make_options("nf4", {}, codes=codes, adapter_joint=joint, **settings))
     with Artifact.open(out) as artifact:
         artifact.verify()
+        verify_against(artifact, source)
+        assert artifact.manifest.options["adapter_joint"] is joint
     plain, adapted = load_model(out, dtype=torch.float32), load_model(out, dtype=torch.float32, adapter="init")
-    assert divergence(source, adapted) < {"nearest": 0.8, "calibrated": 1.0}[codes] * divergence(source, plain)
+    most = {"nearest": 0.8, "calibrated": 0.75 if joint else 1.0}[codes]
+    assert divergence(source, adapted) < most * divergence(source, plain)
     assert sum(parameter.requires_grad for parameter in adapted.parameters()) == 28
     from peft import PeftModel
 
     packed = load_model(out, dtype=torch.float32)
     again = PeftModel.from_pretrained(packed, str(out / "adapter-init"), is_trainable=True)
     assert divergence(source, again) == divergence(source, adapted)
+
+
+def test_the_adapter_of_nearest_codes_is_their_error_in_the_norm_of_the_originals_inputs(source, text, tmp_path):
+    settings = {"calibration_text": str(text), "calibration_tokens": 4096, "adapter_init": 8}
+    quantize(source, tmp_path / "out", make_options("nf4", {}, **settings))
+    name, seen = "model.layers.1.mlp.down_proj", []
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    dense.get_submodule(name).register_forward_pre_hook(lambda module, x: seen.append(x[0].flatten(0, 1).double()))
+    with torch.no_grad():  # 16 rows; the four after them are held out
+        dense(input_ids=ROWS[:20].flatten()[: 16 * 256].reshape(16, 256))
+    hessian = seen[0].T @ seen[0] / len(seen[0])
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    root = torch.linalg.cholesky(hessian)
+    with Artifact.open(tmp_path / "out") as artifact:
+        missing = dense.get_submodule(name).weight.data - torch.from_numpy(artifact.dequantize(name))
+    adapter = load_file(tmp_path / "out" / "adapter-init" / "adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+    least = torch.linalg.svdvals(missing.double() @ root)[8:].norm()  # Eckart and Young, 1936
+    assert (missing - 2 * b @ a).double().matmul(root).norm() <= 1.0001 * least
 
 
 def test_what_the_text_may_not_be(source, tmp_path):
@@ -202,6 +225,8 @@ def test_models_that_cannot_be_calibrated_are_refused_by_name(text, tmp_path):
         {"calibration_text": "x"},
         {"codes": "calibrated", "calibration_tokens": 0},
         {"adapter_init": 0},
+        {"adapter_joint": True, "codes": "calibrated"},
+        {"adapter_joint": True, "adapter_init": 8},
     ],
     ids=str,
 )

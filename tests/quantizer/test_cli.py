@@ -53,6 +53,7 @@ OPTIONS = {
     "--calibration-text",
     "--calibration-tokens",
     "--adapter-init",
+    "--adapter-joint",
     "--strict",
     "--overwrite",
     "--dry-run",

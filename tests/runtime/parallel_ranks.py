@@ -1,5 +1,6 @@
-"""What each rank of test_parallel runs: in a module of its own, since a spawned process imports it by name."""
+"""What each rank of test_parallel runs: in a module of its own, since a rank imports it by name."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -24,7 +25,20 @@ KINDS = {
 DDP = {"nf4": "bf16", "fp8-tensor": "fp8-hybrid", "nf4-none": "fp8-hybrid"}
 """The same under DistributedDataParallel."""
 
+EXPERTS = {("qwen3", "nf4"): "meta", ("mixtral", "fp8-modelopt"): "meta", ("gpt-oss", "fp4"): "cpu"}
+"""Family and format to where it is loaded; biases of experts are read whole."""
+
 LAYERS = 3
+
+IMPORTED = (
+    "peft",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+)
+"""What takes longer to import than to use."""
 
 
 class NotRefusedError(Exception):
@@ -37,16 +51,23 @@ def join(rank, world, folder):
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
 
 
-def adapted(path, recipe, device="cpu"):
-    """A packed model with seeded adapters."""
+def adapted(path, recipe, device="cpu", **settings):
+    """A packed model with seeded adapters; on all linears, if settings of PEFT don't say otherwise."""
     import peft
 
     from surogate_load import load_model
 
     model = load_model(path, dtype=torch.float32, recipe=recipe, emulate=True, device=device)
     torch.manual_seed(1)
-    settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    return peft.get_peft_model(model, settings).train()
+    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
+    return peft.get_peft_model(model, peft.LoraConfig(**settings)).train()
+
+
+def adapted_experts(path, device="cpu"):
+    """A packed mixture with seeded adapters on its experts."""
+    from runtime.test_experts_lora import EXPERTS
+
+    return adapted(path, "bf16", device, target_modules=["o_proj"], target_parameters=EXPERTS)
 
 
 def sharded(path, recipe="bf16", device="meta", **options):
@@ -81,7 +102,8 @@ def layers_of(model):
 
 def kept_bytes(model):
     """(bytes of packed rows that this rank keeps, bytes of all packed rows)."""
-    rows = [layer._parameters[name] for layer in layers_of(model).values() for name in layer.packed_names]
+    packed = [module for module in model.modules() if hasattr(module, "packed_names")]
+    rows = [layer._parameters[name] for layer in packed for name in layer.packed_names]
     return sum(each.to_local().nbytes for each in rows), sum(each.numel() for each in rows)
 
 
@@ -155,6 +177,20 @@ def train(paths, folder):
         trained = {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
         found[kind] = {"losses": losses, "trained": trained, "kept": held, "packed": whole, "read": reading}
     Checkpoint.read_into = original
+    return found
+
+
+def experts(paths, folder):
+    """Losses of packed experts under FSDP2, adapters after them, and what was kept."""
+    import surogate_load
+
+    found = {}
+    for name, device in EXPERTS.items():
+        model = surogate_load.fully_shard(adapted_experts(paths[name], device), mesh=mesh())
+        kept = kept_bytes(model)
+        losses = mean(losses_of_steps(model, my_share(), STEPS))
+        trained = {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+        found[name] = {"losses": losses, "trained": trained, "kept": kept}
     return found
 
 
@@ -313,6 +349,7 @@ def refusals(paths, folder):
     expect("outside", lambda: next(iter(layers_of(model).values())).dequantize())
     expect("saved", lambda: model.get_base_model().save_pretrained(folder / "base"))
     expect("nothing packed", lambda: surogate_load.fully_shard(torch.nn.Linear(2, 2), mesh=mesh()))
+    expect("biases on meta", lambda: adapted_experts(paths["gpt-oss", "fp4"], "meta"))
     expect("nvfp4 on meta", lambda: sharded(paths["fp4"], "nvfp4"))
     return found
 
@@ -373,16 +410,20 @@ def trainer(paths, folder):
 
 
 def compiled(paths, folder):
-    """Layers compiled inside FSDP2's hooks, and under DDP; no graph breaks."""
+    """Layers compiled inside FSDP2's hooks, and under DDP; no graph breaks.
+
+    One rank compiles, to which the others' eager layers are equal: tracing is the dearest that these checks do.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     import surogate_load
     from surogate_load.step.regional import compile_layers
 
     found = {}
-    for name in ("fsdp2", "ddp"):
+    for compiling, name in enumerate(("fsdp2", "ddp")):
         model = adapted(paths["one layer"], "bf16")
-        compile_layers(model, backend="eager")
+        if torch.distributed.get_rank() == compiling:
+            compile_layers(model, backend="eager")
         wrap = DistributedDataParallel if name == "ddp" else lambda each: surogate_load.fully_shard(each, mesh=mesh())
         found[name] = mean(losses_of_steps(wrap(model), my_share(), STEPS))
     return found
@@ -405,7 +446,7 @@ def kill_one(paths, folder):
     raise NotRefusedError("a lost rank")
 
 
-CHECKS = (ddp, reduce_amax, train, options, prepared, compiled, state, recipes, refusals, trainer, kill_one)
+CHECKS = (ddp, reduce_amax, train, experts, options, prepared, compiled, state, recipes, refusals, trainer, kill_one)
 
 
 def hsdp(paths, folder):
@@ -427,6 +468,7 @@ def resumed(paths, folder):
 def worker(rank, world, folder, paths, names):
     """Runs checks one after the other; each rank leaves what it found in a file."""
     folder = Path(folder)
+    gc.freeze()  # what was imported needs no looking through
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     join(rank, world, folder)
@@ -437,9 +479,13 @@ def worker(rank, world, folder, paths, names):
 
 
 def run_ranks(world, folder, paths, names):
-    """What each of some checks gave on every rank: `found[check][rank]`; in the last one the last rank is killed."""
+    """What each of some checks gave on every rank: `found[check][rank]`; in the last one the last rank is killed.
+
+    Ranks are forked from a process of their own, which has imported what all of them need.
+    """
+    torch.multiprocessing.set_forkserver_preload(list(IMPORTED))
     arguments = (world, str(folder), paths, names)
-    started = torch.multiprocessing.start_processes(worker, arguments, world, join=False, start_method="spawn")
+    started = torch.multiprocessing.start_processes(worker, arguments, world, join=False, start_method="forkserver")
     for process in started.processes:
         process.join(300)
     codes = [process.exitcode for process in started.processes]

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from runtime.experts import FAMILIES, IDS, reference
+from runtime.experts import FAMILIES, IDS, experts_of, reference
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 
@@ -189,3 +189,12 @@ def test_a_compiled_block_is_one_graph_with_the_same_numbers_and_keeps_nothing_d
         assert torch.equal(eager, compiled)
     kept = [value for value in saved if hasattr(value, "numel")]
     assert [v for v in kept if v.is_floating_point() and v.numel() >= 4 * 128 * 128] == []
+
+
+def test_a_compiled_block_of_two_parts_whose_input_has_no_gradient(expert_artifact):
+    """As the first layer has it; dynamo counts what `forward` of an autograd function takes."""
+    experts = experts_of(load_model(expert_artifact("mixtral", "fp8-tensor"), dtype=torch.float32))
+    x, weights = torch.randn(5, 128), torch.full((5, 2), 0.5)
+    index = torch.tensor([[0, 1]] * 5)
+    compiled = torch.compile(experts, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, index, weights), experts(x, index, weights))

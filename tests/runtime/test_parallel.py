@@ -3,26 +3,43 @@
 All ranks are started once, and go through `parallel_ranks.CHECKS`; the tests look at what they found.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from runtime.lora_steps import losses_of_steps
-from runtime.parallel_ranks import CHECKS, DDP, IDS, KINDS, LAYERS, STEPS, adapted, join, resume, run_ranks
+from runtime.parallel_ranks import (
+    CHECKS,
+    DDP,
+    EXPERTS,
+    IDS,
+    KINDS,
+    LAYERS,
+    STEPS,
+    adapted,
+    adapted_experts,
+    join,
+    resume,
+    run_ranks,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from surogate_load import load_model, open_artifact, prepare_for_sharding
-from surogate_load.errors import UnsupportedShardingError
-from surogate_load.linear import QuantizedLinear
-from surogate_load.parallel.byte_rows import ByteRows, byte_rows
+from surogate_load import open_artifact
+from surogate_load.parallel.byte_rows import byte_rows
+from surogate_load.parallel.integer_parameters import let_take_integers
 
+pytestmark = pytest.mark.xdist_group("ranks")  # or each worker would start the ranks
 RANKS = 2
 CLOSE = 1e-5
 """The order of fp32 sums differs."""
 
 
 @pytest.fixture(scope="module")
-def paths(artifact):
+def paths(artifact, expert_artifact):
+    experts = {(family, kind): expert_artifact(family, kind) for family, kind in EXPERTS}
     made = {kind: artifact(kind, num_key_value_heads=4) for kind in {**KINDS, **DDP} if kind != "odd"}
     odd = artifact("nf4", num_key_value_heads=4, intermediate_size=131, attention_bias=True, mlp_bias=True)
-    return {**made, "odd": odd, "one layer": artifact("nf4", num_hidden_layers=1)}
+    return {**made, **experts, "odd": odd, "one layer": artifact("nf4", num_hidden_layers=1)}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +114,20 @@ def packed_bytes(path):
         return sum(part.nbytes for weight in opened.values() for part in weight.parts().values())
 
 
+@pytest.mark.parametrize("name", EXPERTS, ids="-".join)
+def test_two_ranks_under_fsdp2_train_experts_as_one(found, paths, name):
+    model = adapted_experts(paths[name])
+    losses = losses_of_steps(model, IDS, STEPS)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert any("experts" in each for each in trained)
+    for rank in found["experts"]:
+        assert rank[name]["losses"] == pytest.approx(losses, rel=CLOSE)
+        for each, parameter in trained.items():
+            torch.testing.assert_close(rank[name]["trained"][each], parameter, rtol=1e-3, atol=2e-4)
+        kept, packed = rank[name]["kept"]
+        assert kept == pytest.approx(packed / RANKS, rel=0.01)
+
+
 @pytest.mark.parametrize("way", ["kept gathered", "loaded whole", "checkpointed", "offloaded", "accumulated"])
 def test_ways_of_calling_it_train_alike(found, alone, way):
     losses, _ = alone["one layer", "bf16"]
@@ -166,6 +197,7 @@ def test_recipes_on_two_ranks(found):
         ("saved", "surogate_load.save_adapter(model, DIR)"),
         ("nothing packed", "the model holds no packed layer"),
         ("nvfp4 on meta", "load the model with device='cpu'"),
+        ("biases on meta", "load the model with device='cpu'"),
     ],
 )
 def test_refused_in_one_line(found, name, says):
@@ -178,15 +210,6 @@ def test_a_rank_that_is_lost(found):
     (said,) = found["kill_one"]
     assert said.startswith("rank 0 of 2: another rank has ended")
     assert "\n" not in said
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.bfloat16])
-def test_bytes_survive_a_policy_that_casts_integers(dtype):
-    packed = torch.arange(256, dtype=torch.uint8).view(dtype)
-    rows = ByteRows(dtype, tuple(packed.shape), 4)
-    taken = rows.take(packed)
-    assert taken.shape == (4, 64)
-    assert torch.equal(rows.give(taken.to(torch.bfloat16)).view(torch.uint8), packed.view(torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -214,9 +237,25 @@ def test_rows_hold_whole_blocks(kind, shape, expected):
         )
 
 
-def test_an_older_torch_is_refused_before_anything_changes(artifact, monkeypatch):
-    model = load_model(artifact("nf4"))
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    with pytest.raises(UnsupportedShardingError, match=r"torch 2\.11\.0\+cu130 .*from torch 2\.13 on"):
-        prepare_for_sharding(model)
-    assert not any(layer.byte_rows for layer in model.modules() if isinstance(layer, QuantizedLinear))
+def test_fsdp_of_torch_2_11_takes_integers():
+    """Run on 2.11 itself when it was written; what stands here is 2.11's."""
+
+    class FSDPParam:
+        def __init__(self, data):
+            self.sharded_param = home.nn.Parameter(data)
+
+        def init_dtype_attrs(self, mp_policy):
+            self.param_dtype = mp_policy.param_dtype
+
+    home = SimpleNamespace(nn=torch.nn, FSDPParam=FSDPParam)
+    with pytest.raises(RuntimeError, match="floating point"):
+        FSDPParam(torch.zeros(2, dtype=torch.uint8))
+    let_take_integers(home)
+    packed, dense = FSDPParam(torch.zeros(2, dtype=torch.uint8)), FSDPParam(torch.zeros(2))
+    assert not packed.sharded_param.requires_grad
+    assert dense.sharded_param.requires_grad
+    for parameter in (packed, dense):
+        parameter.init_dtype_attrs(MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    assert packed.param_dtype is None
+    assert dense.param_dtype == torch.bfloat16
+    assert home.nn.Module is torch.nn.Module

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 
 from surogate_formats.artifact import ADAPTER
 from surogate_formats.checkpoint import Checkpoint
-from surogate_load.architecture import need_transformers
+from surogate_formats.codes_in_words import WRITTEN
+from surogate_load.architecture import need_transformers, one_line
 from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_quantize.bands import MIB, MemoryBudgetError, in_words
 from surogate_quantize.calibration.adapter import ALPHA, write_adapter
-from surogate_quantize.calibration.block_pass import BlockPass
+from surogate_quantize.calibration.block_pass import BlockPass, streams_of
 from surogate_quantize.calibration.saving import save
 from surogate_quantize.calibration.store import SolvedBlocks
 from surogate_quantize.calibration.streams import Streams
 from surogate_quantize.calibration.text import (
     CalibrationTextError,
+    check_writes,
     file_sha256,
     load_tokenizer,
     rows_of_file,
@@ -49,7 +51,7 @@ WRITING = 4 * 1.5
 BASE_CALIBRATED = 512 << 20
 """Bytes that the interpreter with torch and transformers takes, about."""
 
-BLOCKS, MATRICES = 3, 7
+BLOCKS, MATRICES = 3, 5
 """Blocks in float32, and matrices [K, K] in float64, that are in memory at a time, about."""
 
 Told = Callable[[str], None]
@@ -65,6 +67,7 @@ class Calibration:
         device: `cpu` or `cuda`.
         threads: of torch on the CPU: its sums depend on their number.
         max_memory: bytes that the whole model must fit into where it writes the text.
+        reading: whether weights are read; without them the pass can be looked at, and not be run.
 
     Raises:
         NoBlocksError: the model can't be run block by block.
@@ -72,12 +75,20 @@ class Calibration:
     """
 
     def __init__(
-        self, source: Checkpoint, plan: Plan, options: CalibrationOptions, device: str, threads: int, max_memory: int
+        self,
+        source: Checkpoint,
+        plan: Plan,
+        options: CalibrationOptions,
+        device: str,
+        threads: int,
+        max_memory: int,
+        *,
+        reading: bool = True,
     ) -> None:
         """Builds the model without its blocks, and looks whether every weight of the plan is a linear of a block."""
         self._source, self._plan, self._options = source, plan, options
         self._device, self._threads = device, threads
-        self._runner = BlockRunner(source, device, torch.float32)
+        self._runner = BlockRunner(source, device if reading else "meta", torch.float32)
         prefix = f"{self._runner.prefix}."
         self._tensors = {t.module: t for t in plan.quantized if t.module.startswith(prefix)}
         if not self._tensors:
@@ -86,6 +97,7 @@ class Calibration:
             )
         for module, tensor in self._tensors.items():
             self._check(module, tensor)
+        self._runner.check_blocks()
         if device == "cpu":
             self._check_memory(max_memory)
         self._tokenizer = load_tokenizer(source.directory)
@@ -115,7 +127,7 @@ class Calibration:
         """Bytes of disk that the pass takes beside the artifact: hidden states, inputs of a block, solved weights."""
         tokens = self._length * (self._rows() + HELD_OUT)
         hidden = self._runner.width
-        streams = 2 * 4 * tokens * hidden * (2 + (self._plan.options.adapter_init is not None))
+        streams = 2 * 4 * tokens * hidden * len(streams_of(self._plan.options))
         block = next(iter(self._tensors)).removeprefix(f"{self._runner.prefix}.").partition(".")[0]
         here = [t for name, t in self._tensors.items() if name.startswith(f"{self._runner.prefix}.{block}.")]
         inputs = 4 * tokens * sum(tensor.info.shape[1] for tensor in here)
@@ -144,9 +156,11 @@ class Calibration:
         """What the codes depend on beside the options, for the manifest and for a run that goes on."""
         text = self._options.text
         return {
-            "calibration_text": "written by the model" if text is None else f"sha256 {file_sha256(Path(text))}",
+            "calibration_text": WRITTEN if text is None else f"sha256 {file_sha256(Path(text))}",
             "calibration_tokens": self._length * (self._rows() + HELD_OUT if self._given is None else len(self._given)),
+            "calibration_row": self._length,
             "calibration_seed": self._options.seed,
+            "adapter_joint": self._options.adapter_joint,
             "calibration_device": self._device if self._device == "cpu" else torch.cuda.get_device_name(),
             "calibration_torch": torch.__version__,
             "calibration_transformers": need_transformers().__version__,
@@ -243,10 +257,22 @@ class Calibration:
         if self._given is not None:
             return self._given
         found: list[Tensor] = []
-        with self._runner.whole() as model:
-            for written in written_rows(model, self._tokenizer, rows, self._length, self._options.seed):
-                found.append(written)
-                told(f"the model has written {sum(map(len, found))} of {rows} rows of text")
+        try:
+            with self._runner.whole() as model:
+                check_writes(model)
+                for written in written_rows(model, self._tokenizer, rows, self._length, self._options.seed):
+                    found.append(written)
+                    told(f"the model has written {sum(map(len, found))} of {rows} rows of text")
+        except CalibrationTextError:
+            self._runner.through(torch.zeros(1, 1, dtype=torch.int64))  # names the block
+            raise
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CalibrationTextError(
+                f"{self._source.directory}: the model can't write its calibration text ({one_line(error)}); give "
+                "`calibration_text` FILE"
+            ) from error
         return torch.cat(found)
 
     def _batches(self, ids: Tensor) -> Tensor:

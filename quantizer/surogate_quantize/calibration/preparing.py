@@ -14,9 +14,17 @@ if TYPE_CHECKING:
 
 
 def prepare_calibration(
-    source: Checkpoint, plan: Plan, engine: Engine, ranks: int, max_memory: int
+    source: Checkpoint, plan: Plan, engine: Engine, ranks: int, max_memory: int, *, reading: bool = True
 ) -> Calibration | None:
     """The calibrated pass of a plan that asks for calibrated codes; None for any other.
+
+    Args:
+        source: the dense checkpoint.
+        plan: the plan.
+        engine: of the run.
+        ranks: how many processes take part.
+        max_memory: bytes.
+        reading: see `Calibration`.
 
     Raises:
         CalibrationOptionsError: several ranks, or torch or transformers are missing.
@@ -35,4 +43,5 @@ def prepare_calibration(
     except ImportError as error:
         raise CalibrationOptionsError(f"`{what}` needs {error.name}: pip install 'surogate-quant[train]'") from error
     device = "cuda" if engine.device.startswith("cuda") else "cpu"
-    return Calibration(source, plan, plan.options.calibration, device, torch.get_num_threads(), max_memory)
+    threads = torch.get_num_threads()
+    return Calibration(source, plan, plan.options.calibration, device, threads, max_memory, reading=reading)

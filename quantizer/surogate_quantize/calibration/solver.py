@@ -22,6 +22,9 @@ DAMPING = 0.01
 SWEEPS = 3
 """Of coordinate descent."""
 
+SHIFT_ROWS = 1024
+"""Rows of the shift that are found at a time: its products in float64 are as large as the matrix."""
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -64,22 +67,39 @@ def statistics(products: Tensor, cross: Tensor | None = None, damping: float = D
         products: float64 [K, K], the mean of x x^T.
         cross: float64 [K, K], the mean of (x' - x) x^T, x' being the original model's inputs; None: the target is the
             weight itself.
-        damping: of the mean of the diagonal, added to it.
+        damping: see `damp`.
     """
-    hessian = products.double().clone()
-    mean = hessian.diagonal().mean()
-    hessian.diagonal().add_(damping * mean if mean > 0 else 1)
+    return prepared(damp(products.double().clone(), damping), cross)
+
+
+def damp(products: Tensor, damping: float = DAMPING) -> Tensor:
+    """Adds a share of the mean of the diagonal of float64 [K, K] to that diagonal, in place; returns the matrix."""
+    mean = products.diagonal().mean()
+    products.diagonal().add_(damping * mean if mean > 0 else 1)
+    return products
+
+
+def prepared(hessian: Tensor, cross: Tensor | None) -> Statistics:
+    """The statistics of a damped `hessian`, float64 [K, K], which is kept; see `statistics`."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    ordered = hessian[order][:, order]
-    lower = torch.linalg.cholesky(ordered.flip(0, 1))
-    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+    upper = _inverse_root(hessian, order)
     shift = None
     if cross is not None:
-        inverse = torch.empty_like(hessian)
-        inverse[order.unsqueeze(1), order] = upper.T @ upper
-        shift = (cross.double() @ inverse).float()
+        shift = torch.empty_like(cross, dtype=torch.float32)
+        for start in range(0, len(cross), SHIFT_ROWS):
+            rows = slice(start, start + SHIFT_ROWS)
+            shift[rows, order] = (cross[rows, order].double() @ upper.T @ upper).float()
     return Statistics(hessian, order, upper.float().contiguous(), shift)
+
+
+def _inverse_root(hessian: Tensor, order: Tensor) -> Tensor:
+    """U, upper, float64 [K, K], with hessian^-1 = U^T U in an order; three matrices in memory at most."""
+    backwards = order.flip(0)
+    lower = torch.linalg.cholesky(hessian[backwards.unsqueeze(1), backwards])
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T  # column-major: LAPACK's, solved in place
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1)
 
 
 def solve(target: Tensor, grid: Grid, known: Statistics, sweeps: int = SWEEPS) -> Solved:

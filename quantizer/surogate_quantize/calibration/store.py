@@ -16,8 +16,8 @@ from surogate_formats.dtypes import NUMPY
 from surogate_formats.format import Format, Parts, TensorSpec
 from surogate_quantize.bands import Band
 from surogate_quantize.calibration.adapter import Factors
-from surogate_quantize.calibration.block_pass import SolvedBlock
 from surogate_quantize.calibration.saving import save
+from surogate_quantize.calibration.weight_pass import SolvedBlock
 from surogate_quantize.syncing import replace_synced, sync_file
 
 _SEPARATOR, _ERRORS, _DIGEST = "|", "errors", "sha256"

@@ -6,24 +6,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from surogate_formats.errors import SurogateError
 from surogate_load.block_runner import NoBlocksError
 from surogate_quantize.calibration.activations import Activations
+from surogate_quantize.calibration.inputs import Inputs, summed
 from surogate_quantize.calibration.observing import Linears, input_of, inputs_of
-from surogate_quantize.calibration.solver import Statistics, statistics
 
 ORIGINAL, QUANTIZED, ADAPTED = "original", "quantized", "adapted"
 """Streams: of the original model, of the quantized one, and of that with its adapter."""
 
 Run = Callable[[Tensor], Tensor]
 """Runs a block on hidden states."""
-
-
-class NotFiniteError(SurogateError):
-    """The model's own activations hold a NaN or an infinity in float32."""
 
 
 class Streams:
@@ -80,13 +74,17 @@ class Follower:
     def __init__(self, run: Run, linears: Linears, stream: Activations) -> None:
         """Starts with the original weights."""
         self._run, self._linears, self._stream = run, linears, stream
-        self.weights: dict[str, Tensor] = {name: linear.weight.data for name, linear in linears.items()}
+        self._weights: dict[str, Tensor] = {name: linear.weight.data for name, linear in linears.items()}
 
     def run(self, hidden: Tensor) -> Tensor:
         """The hidden states behind the block."""
         for name, linear in self._linears.items():
-            linear.weight.data = self.weights[name]
+            linear.weight.data = self._weights[name]
         return self._run(hidden)
+
+    def take(self, name: str, weight: Tensor) -> None:
+        """Gives one of the linears another weight."""
+        self._weights[name] = weight.to(self._weights[name].dtype)
 
     def advance(self, after: Activations) -> None:
         """Writes the hidden states behind the block."""
@@ -95,51 +93,12 @@ class Follower:
 
     def inputs(self, leader: str, original: Activations) -> Inputs:
         """What a stage is given here, beside what the original gives it."""
-        sums: list[Tensor] = []
-        last: tuple[Tensor, Tensor] | None = None
-        tokens = 0
-        for position, hidden in enumerate(self._stream):
+
+        def pair(position: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
             x = input_of(self._linears, leader, partial(self.run, hidden)).flatten(0, -2).float()
-            wanted = original.read(position).flatten(0, -2).to(x)
-            last = (x, wanted)
-            if position and position == self._stream.count - 1:
-                break
-            new = [(x.T @ x).double(), ((wanted - x).T @ x).double()]
-            sums = [total + more for total, more in zip(sums, new, strict=True)] if sums else new
-            tokens += len(x)
-        if last is None or not all(torch.isfinite(total).all() for total in sums):
-            raise NotFiniteError(f"{leader}: its inputs on the calibration text are not finite; use `codes='search'`")
-        return Inputs(statistics(sums[0] / tokens, sums[1] / tokens), *last)
+            return x, original.read(position).flatten(0, -2).to(x)
 
-
-class Inputs:
-    """What the linears of a stage are given: statistics of all batches but the last, which is held out.
-
-    Attributes:
-        known: the statistics.
-    """
-
-    def __init__(self, known: Statistics, x: Tensor, wanted: Tensor) -> None:
-        """Takes the held-out inputs of the follower and of the original, float32 [tokens, K]."""
-        self.known, self._x, self._wanted = known, x, wanted
-
-    def target(self, weight: Tensor) -> Tensor:
-        """W + a W shift, float32 [N, K], with the share a of 0 to 1 that serves the held-out batch best.
-
-        The whole shift fits the text that it was found on, and other text worse.
-        """
-        assert self.known.shift is not None
-        shift = weight @ self.known.shift
-        moved, missing = self._x @ shift.T, (self._wanted - self._x) @ weight.T
-        size = float((moved * moved).sum())
-        share = float((moved * missing).sum()) / size if size else 0.0
-        return weight + min(max(share, 0.0), 1.0) * shift
-
-    def error(self, weight: Tensor, values: Tensor) -> float:
-        """||Q x - W x'|| / ||W x'|| over the held-out batch, x' being the original model's inputs."""
-        expected = self._wanted @ weight.T
-        size = float(expected.norm())
-        return float((self._x @ values.T - expected).norm()) / size if size else 0.0
+        return summed(leader, (pair(*each) for each in enumerate(self._stream)), self._stream.count)
 
 
 def observed(

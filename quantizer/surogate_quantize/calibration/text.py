@@ -88,6 +88,16 @@ def written_rows(model: Any, tokenizer: Any, rows: int, length: int, seed: int) 
             ).cpu()
 
 
+def check_writes(model: Any) -> None:
+    """Raises `CalibrationTextError` for a model from whose logits no token can be drawn."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False).logits
+    if not torch.isfinite(logits).all():
+        raise CalibrationTextError(
+            "the model's logits hold a NaN or an infinity, so it can't write its calibration text"
+        )
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The model's tokenizer; None if it has none.
 

@@ -14,6 +14,7 @@ from surogate_load.experts.kind import ExpertsKind
 from surogate_load.experts.product import ExpertsAdapter, PackedWeight, multiply
 from surogate_load.experts.routing import Routing, gather, route, spread
 from surogate_load.linear import arithmetic
+from surogate_load.parallel.rows_of_bytes import RowsOfBytes
 from surogate_load.placement import Mover, cast_by, move_only
 from surogate_load.weight import TORCH_DTYPES
 
@@ -47,7 +48,7 @@ class Projection:
         return f"{name}_{part}" if part else name
 
 
-class QuantizedExperts(nn.Module):
+class QuantizedExperts(RowsOfBytes, nn.Module):
     """transformers' fused experts with packed weights; differentiable in x and the routing weights.
 
     A packed parameter holds one tensor of every expert's weights, stacked: `gate_up_proj` and `down_proj` are codes,
@@ -62,6 +63,7 @@ class QuantizedExperts(nn.Module):
         compute_dtype: the dtype of the products.
         is_transposed: as transformers' class says it of its own weights, for PEFT.
         num_experts: how many there are.
+        byte_rows: see `RowsOfBytes`; a row is an expert.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class QuantizedExperts(nn.Module):
             biases_by_expert: see the class.
         """
         super().__init__()
+        self.byte_rows = {}
         self.projections, self.stored, self.biases_by_expert = dict(projections), stored, biases_by_expert
         self.compute_dtype = compute_dtype
         self.num_experts = self.projections[GATE_UP].kind.experts
@@ -107,11 +110,19 @@ class QuantizedExperts(nn.Module):
         """What the packed weights count as parameters."""
         return sum(each.kind.experts * each.kind.rows * each.kind.shape[1] for each in self.projections.values())
 
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """PEFT moves adapters to where this is: of experts on device `meta`, whose values come later, to the CPU."""
+        codes: Tensor = self._parameters[GATE_UP]  # type: ignore[assignment]
+        return torch.empty(0, dtype=codes.dtype) if codes.is_meta else codes
+
     def parts(self, name: str) -> tuple[Tensor, ...]:
         """The stacked parts of a projection, in the order of its format."""
         projection = self.projections[name]
-        names = list(projection.tensors)[: len(projection.kind.weight.specs)]
-        return tuple(self._parameters[projection.parameter(name, part)] for part in names)  # type: ignore[misc]
+        own = list(projection.tensors)[: len(projection.kind.weight.specs)]
+        names = [projection.parameter(name, part) for part in own]
+        found: list[Tensor] = [self._parameters[each] for each in names]  # type: ignore[misc]
+        return tuple(map(self.from_rows, names, found) if self.byte_rows else found)
 
     def dequantize(self, name: str, expert: int, member: int, dtype: torch.dtype | None = None) -> Tensor:
         """One dense weight [N, K], by default in `compute_dtype`.
@@ -162,6 +173,10 @@ class QuantizedExperts(nn.Module):
         return f"experts={self.num_experts}, {shapes}, format={fmt}, compute_dtype={self.compute_dtype}"
 
     def _apply(self, fn: Mover, recurse: bool = True) -> QuantizedExperts:
+        if self.byte_rows:  # no cast changes bytes
+            self.compute_dtype = cast_by(fn, self.compute_dtype)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
         packed = {name: self._parameters[name] for name in self.packed_names}
         moved = {name: nn.Parameter(move_only(part.data, fn), requires_grad=False) for name, part in packed.items()}  # type: ignore[union-attr]
         others = {name: part for name, part in self._parameters.items() if name not in packed}

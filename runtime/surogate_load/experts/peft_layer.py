@@ -100,7 +100,7 @@ class QuantizedLoraExperts(ParamWrapper):  # type: ignore[misc]
         base: QuantizedExperts = self.get_base_layer()
         for adapters in (self.lora_A, self.lora_B):
             if adapter_name in adapters and adapters[adapter_name].weight.device.type != "meta":
-                adapters[adapter_name].to(device or self.get_param().device, dtype=base.compute_dtype)
+                adapters[adapter_name].to(device or base.W_q.device, dtype=base.compute_dtype)
 
 
 QuantizedLoraExperts.__name__ = ParamWrapper.__name__  # PEFT knows its wrappers by this name alone

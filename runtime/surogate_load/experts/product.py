@@ -64,7 +64,9 @@ class _Grouped(torch.autograd.Function):
     """Rows times their experts' weights. Saves the packed parts only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ends: Tensor, weight: GroupedWeight, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        # Not by name: dynamo leaves ctx out where as many arguments come as `forward` names, which two parts would do.
+        x, ends, weight, *parts = arguments
         ctx.weight = weight
         ctx.save_for_backward(ends, *parts)
         return _product(x, weight.forward(parts, ends, x.dtype).mT, ends)

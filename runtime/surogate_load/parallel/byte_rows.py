@@ -38,12 +38,7 @@ class ByteRows:
         return packed.reshape(-1).view(torch.uint8).view(self.rows, self.row_bytes)
 
     def give(self, rows: Tensor) -> Tensor:
-        """The packed tensor, sharing memory with its rows; a single value is of shape [1].
-
-        Versions of torch whose mixed-precision policy casts integers, too, give rows of floats: bytes are exact there.
-        """
-        if rows.dtype != torch.uint8:
-            rows = rows.to(torch.uint8)
+        """The packed tensor, sharing memory with its rows; a single value is of shape [1]."""
         return rows.view(self.dtype).view(self.shape or (1,))
 
 
@@ -66,6 +61,15 @@ def byte_rows(kind: WeightKind, tensors: Mapping[str, Tensor]) -> dict[str, Byte
         rows = count if size >= count and size % count == 0 else size
         found[name] = ByteRows(tensor.dtype, tuple(tensor.shape), rows)
     return found
+
+
+def expert_rows(tensors: Mapping[str, Tensor]) -> dict[str, ByteRows]:
+    """How packed tensors [E, ...] of all experts of a layer are divided: a row is what one expert has.
+
+    Args:
+        tensors: every packed tensor by name.
+    """
+    return {name: ByteRows(tensor.dtype, tuple(tensor.shape), len(tensor)) for name, tensor in tensors.items()}
 
 
 def _units(kind: WeightKind) -> int:

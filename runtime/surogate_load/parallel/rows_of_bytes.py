@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from surogate_load.errors import ShardedWeightError, UnsupportedShardingError
 from surogate_load.parallel.byte_rows import ByteRows
+from surogate_load.parallel.integer_parameters import register
+
+register()
 
 
 class _FsdpMark:

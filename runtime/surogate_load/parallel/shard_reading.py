@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -43,7 +43,7 @@ def read_shards(model: nn.Module, *, on_cpu: bool = False) -> None:
         for place in found.places:
             old = place.module._parameters[place.parameter]
             if old is not None and old.is_meta:
-                new = _filled(old, artifact, place, rules.get(place.tensor), on_cpu)
+                new = _filled(old, artifact, place, rules, on_cpu)
                 for module, name in owners[id(old)]:
                     module._parameters[name] = new
                     module.load_state_dict({}, strict=False)  # has FSDP look at its parameters again
@@ -60,16 +60,16 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return owners
 
 
-def _filled(old: Any, artifact: Artifact, place: Place, rule: PartRule | None, on_cpu: bool) -> nn.Parameter:
+def _filled(old: Any, artifact: Artifact, place: Place, rules: Mapping[str, PartRule], on_cpu: bool) -> nn.Parameter:
     from torch.distributed.tensor import DTensor
 
     if not isinstance(old, DTensor):
-        raise MismatchedModelError(f"{place.tensor} has no values, and belongs to no module that was sharded")
+        raise MismatchedModelError(f"{place.tensors[0]} has no values, and belongs to no module that was sharded")
     mesh, axis = old.device_mesh, old.device_mesh.ndim - 1
     size, rank = mesh.size(axis), mesh.get_local_rank(axis)
     first = min(rank * -(-old.shape[0] // size), old.shape[0])
     shape = tuple(old.to_local().shape)
-    rows = _rows(artifact, place.tensor, tuple(old.shape), first, shape, rule).to(old.dtype)
+    rows = _rows(artifact, place, tuple(old.shape), first, shape, rules).to(old.dtype)
     device = torch.device("cpu") if on_cpu or mesh.device_type == "cpu" else torch.device(mesh.device_type)
     spread = DTensor.from_local(
         rows.to(device), mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
@@ -78,21 +78,40 @@ def _filled(old: Any, artifact: Artifact, place: Place, rule: PartRule | None, o
 
 
 def _rows(
-    artifact: Artifact, name: str, whole: tuple[int, ...], first: int, shape: tuple[int, ...], rule: PartRule | None
+    artifact: Artifact,
+    place: Place,
+    whole: tuple[int, ...],
+    first: int,
+    shape: tuple[int, ...],
+    rules: Mapping[str, PartRule],
 ) -> Tensor:
-    """Rows [n, ...] of a stored tensor, from row `first` on; uint8 rows of what is packed."""
-    info = artifact.checkpoint.tensors[name].info
-    if info.nbytes % prod(whole):
-        raise MismatchedModelError(f"{artifact.path}: {name} has changed since the model was made")
-    itemsize = info.nbytes // prod(whole)
-    row_bytes = prod(whole[1:]) * itemsize
+    """Rows [n, ...] of what is stored, from row `first` on; uint8 rows of what is packed."""
+    infos = [artifact.checkpoint.tensors[name].info for name in place.tensors]
+    stored = sum(info.nbytes for info in infos)
+    if stored % prod(whole):
+        raise MismatchedModelError(f"{artifact.path}: {place.tensors[0]} has changed since the model was made")
+    itemsize, dtype = stored // prod(whole), infos[0].dtype
     buffer = torch.empty(prod(shape) * itemsize, dtype=torch.uint8)
-    if buffer.numel():
-        artifact.checkpoint.read_into(name, buffer.numpy().data, first * row_bytes)
-        if rule is not None:
-            values = np.frombuffer(buffer.numpy(), NUMPY[info.dtype])
-            check_values(artifact, name, rule, values, first * row_bytes)
-    return buffer.view(torch.uint8 if itemsize == 1 else TORCH_DTYPES[info.dtype]).view(shape)
+    filled = 0
+    for name, start, size in _pieces(place.tensors, whole[0], stored // whole[0], first, shape[0]):
+        piece = buffer.numpy()[filled : filled + size]
+        artifact.checkpoint.read_into(name, piece.data, start)
+        if name in rules:
+            check_values(artifact, name, rules[name], np.frombuffer(piece, NUMPY[dtype]), start)
+        filled += size
+    return buffer.view(torch.uint8 if itemsize == 1 else TORCH_DTYPES[dtype]).view(shape)
+
+
+def _pieces(
+    tensors: Sequence[str], rows: int, row_bytes: int, first: int, count: int
+) -> Iterator[tuple[str, int, int]]:
+    """(stored tensor, first byte, bytes) of `count` rows: parts of the one tensor, or the whole tensors of experts."""
+    if len(tensors) == 1:
+        yield from [(tensors[0], first * row_bytes, count * row_bytes)] if count else ()
+        return
+    each = len(tensors) // rows
+    for name in tensors[first * each : (first + count) * each]:
+        yield name, 0, row_bytes // each
 
 
 def _settle_recipes(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from surogate_formats.artifact import Artifact
 from surogate_load.errors import UnsupportedShardingError
+from surogate_load.experts.module import QuantizedExperts
 from surogate_load.linear import QuantizedLinear
 from surogate_load.recoding import must_restore
 from surogate_load.weight import to_torch
@@ -23,11 +24,17 @@ _ATTRIBUTE = "_surogate_places"
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter of a module, whatever will be put around that, and the stored tensor with its values."""
+    """A parameter of a module, whatever will be put around that, and where its values are stored.
+
+    Attributes:
+        module: that has it.
+        parameter: its name there.
+        tensors: the stored tensor; of packed experts those of the first one, then of the next, and so on.
+    """
 
     module: nn.Module
     parameter: str
-    tensor: str
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,16 @@ def remember_places(model: Any, artifact: Artifact) -> None:
             f"layout {artifact.layout.name} is read whole, not by rows: load it with device='cpu', then shard it"
         )
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in model.state_dict()}
-    places = []
-    for name, tensor in _names(model, artifact):
+    places = [
+        place for experts in model.modules() if isinstance(experts, QuantizedExperts) for place in _stacked(experts)
+    ]
+    stacked = {tensor for place in places for tensor in place.tensors}
+    for name, tensor in _names(model, artifact, stacked):
         parameter = name.rpartition(".")[2]
         if parameter in owners[name]._buffers:
             owners[name]._buffers[parameter] = to_torch(artifact.checkpoint.read(tensor))
         else:
-            places.append(Place(owners[name], parameter, tensor))
+            places.append(Place(owners[name], parameter, (tensor,)))
     vars(model)[_ATTRIBUTE] = StoredPlaces(artifact.path, tuple(places))
     _compute_buffers(model)
 
@@ -71,8 +81,20 @@ def stored_places(model: nn.Module) -> StoredPlaces | None:
     return found[0] if found else None
 
 
-def _names(model: Any, artifact: Artifact) -> Iterator[tuple[str, str]]:
-    """(name in the model, name on disk) of every stored tensor that the model has a place for."""
+def _stacked(experts: QuantizedExperts) -> Iterator[Place]:
+    if experts.biases_by_expert:
+        raise UnsupportedShardingError(
+            f"{experts.stored} have biases, which are read whole: load the model with device='cpu', then shard it"
+        )
+    for name, projection in experts.projections.items():
+        weights = [f"{number}.{role}" for number in range(projection.kind.experts) for role in projection.roles]
+        for part, (suffix, _) in projection.tensors.items():
+            tensors = tuple(f"{experts.stored}.{weight}.{suffix}" for weight in weights)
+            yield Place(experts, projection.parameter(name, part), tensors)
+
+
+def _names(model: Any, artifact: Artifact, stacked: Set[str]) -> Iterator[tuple[str, str]]:
+    """(name in the model, name on disk) of every stored tensor that the model has a place for, but for `stacked`."""
     stored_names = model.hf_quantizer.stored_names
     packed: dict[str, str] = {}
     for module, layer in model.named_modules():
@@ -85,6 +107,7 @@ def _names(model: Any, artifact: Artifact) -> Iterator[tuple[str, str]]:
     for tensor in artifact.checkpoint.tensors:
         if tensor in packed:
             yield packed[tensor], tensor
+        if tensor in packed or tensor in stacked:
             continue
         name, merged = rename_source_key(tensor, renamings, converters, prefix, state)
         if merged is not None:

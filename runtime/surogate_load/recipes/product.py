@@ -80,11 +80,14 @@ class PackedLinear(torch.autograd.Function):
     """x W^T + bias. Saves the packed parts only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, product: Product, state: Any, *parts: Tensor) -> Tensor:
-        """[..., K] to [..., N]."""
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Of x [..., K], bias, product, state and parts: [..., N]."""
+        # Not by name: dynamo leaves ctx out where as many arguments come as `forward` names, which two parts would do.
+        x, bias, product, state, *parts = arguments
         ctx.product, ctx.state = product, state
         ctx.save_for_backward(*parts)
-        return product.forward(x, bias, state, parts)
+        y: Tensor = product.forward(x, bias, state, parts)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,99 @@
+"""What the linears of a stage are given on calibration text: sums for the solver, and a batch that is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from surogate_formats.errors import SurogateError
+from surogate_quantize.calibration.activations import Activations
+from surogate_quantize.calibration.solver import Statistics, damp, prepared
+
+
+class NotFiniteError(SurogateError):
+    """The model's own activations hold a NaN or an infinity in float32."""
+
+
+class Inputs:
+    """What the linears of a stage are given, all batches but the last, which is held out.
+
+    Args:
+        hessian: float64 [K, K], the damped mean of x x^T.
+        cross: float64 [K, K], the mean of (x' - x) x^T, x' being the original's inputs; None where those are x.
+        x: of the held-out batch, float32 [tokens, K].
+        wanted: the original's there.
+
+    Attributes:
+        hessian: as given; all that an adapter asks for.
+    """
+
+    def __init__(self, hessian: Tensor, cross: Tensor | None, x: Tensor, wanted: Tensor) -> None:
+        """Solves nothing yet."""
+        self.hessian, self._cross, self._x, self._wanted = hessian, cross, x, wanted
+
+    @cached_property
+    def known(self) -> Statistics:
+        """What the solver asks for."""
+        return prepared(self.hessian, self._cross)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """W + a W shift, float32 [N, K], with the share a of 0 to 1 that serves the held-out batch best.
+
+        The whole shift fits the text that it was found on, and other text worse.
+        """
+        if self._cross is None:
+            return weight
+        assert self.known.shift is not None
+        shift = weight @ self.known.shift
+        moved, missing = self._x @ shift.T, (self._wanted - self._x) @ weight.T
+        size = float((moved * moved).sum())
+        share = float((moved * missing).sum()) / size if size else 0.0
+        return weight + min(max(share, 0.0), 1.0) * shift
+
+    def error(self, weight: Tensor, values: Tensor) -> float:
+        """||Q x - W x'|| / ||W x'|| over the held-out batch, x' being the original model's inputs."""
+        expected = self._wanted @ weight.T
+        size = float(expected.norm())
+        return float((self._x @ values.T - expected).norm()) / size if size else 0.0
+
+
+def summed(leader: str, pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> Inputs:
+    """The inputs of `count` batches.
+
+    Args:
+        leader: the linear that is named where they are not finite.
+        pairs: a stream's, float32 [tokens, K], and the original's, the same tensor where they are that.
+        count: of batches; the last is held out.
+
+    Raises:
+        NotFiniteError: see the class.
+    """
+    products, cross, last = None, None, None
+    tokens = 0
+    for position, (x, wanted) in enumerate(pairs):
+        last = x, wanted
+        if position and position == count - 1:
+            break
+        products = _added(products, x.T @ x)
+        if wanted is not x:
+            cross = _added(cross, (wanted - x).T @ x)
+        tokens += len(x)
+    assert products is not None
+    assert last is not None
+    if not all(torch.isfinite(total).all() for total in (products, cross) if total is not None):
+        raise NotFiniteError(f"{leader}: its inputs on the calibration text are not finite; use `codes='search'`")
+    return Inputs(damp(products.div_(tokens)), None if cross is None else cross.div_(tokens), *last)
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    """A sum in float64, in place but for its first term."""
+    return more.double() if total is None else total.add_(more)
+
+
+def original_inputs(leader: str, original: Activations, device: torch.device) -> Inputs:
+    """What a stage is given by the original model."""
+    batches = (batch.flatten(0, -2).to(device) for batch in original)
+    return summed(leader, ((x, x) for x in batches), original.count)
