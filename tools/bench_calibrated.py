@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from peak_memory import PeakMemory
 from random_artifact import QWEN3, qwen3_config
+from surogate_formats.codes_in_words import HELD_OUT
 from surogate_quantize import make_options, quantize
-from surogate_quantize.calibration.calibrate import HELD_OUT
 from surogate_quantize.calibration_options import ROW, CalibrationOptions
 
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibrated_quality import make_texts
 from peak_memory import PeakMemory
+from surogate_formats.codes_in_words import HELD_OUT
 from surogate_load import load_model
 from surogate_load.divergence import kl_and_perplexity, reference_logprobs
 from surogate_quantize import make_options, quantize
-from surogate_quantize.calibration.calibrate import HELD_OUT
 from surogate_quantize.calibration.text import load_tokenizer, written_rows
 from surogate_quantize.calibration_options import ROW, CalibrationOptions
 

@@ -8,6 +8,12 @@ from typing import Any
 WRITTEN = "written by the model"
 """What `calibration_text` is where no file was given."""
 
+HELD_OUT = 4
+"""Rows of text beyond those that a pass solves on: the errors that it reports are measured on them."""
+
+SHOWN = len("sha256 ") + 12
+"""Characters of what `calibration_text` says of a file."""
+
 _HOW = {
     "nearest": "nearest to the weights",
     "search": "searched: the scales with the least squared error",
@@ -30,8 +36,9 @@ def codes_in_words(options: Mapping[str, Any]) -> str:
     if "calibration_tokens" not in options:
         return words
     text = options.get("calibration_text")
-    source = "the model wrote itself" if text == WRITTEN else f"come from a text ({text})"
+    source = "the model wrote itself" if text == WRITTEN else f"come from a text ({str(text)[:SHOWN]})"
     threads = options.get("calibration_threads")
-    on = f"{options.get('calibration_device')}{f' with {threads} threads' if threads else ''}"
+    on = str(options.get("calibration_device"))
+    on += f" with {threads} thread{'s' if threads > 1 else ''}" if isinstance(threads, int) else ""
     versions = f"torch {options.get('calibration_torch')}, transformers {options.get('calibration_transformers')}"
     return f"{words}; on {options['calibration_tokens']} tokens that {source}, run on {on} ({versions})"

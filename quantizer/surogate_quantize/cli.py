@@ -103,8 +103,8 @@ DEVICES = ("auto", "cpu", "cuda")
 @click.option("--overwrite", is_flag=True, help="Replace the artifact in --out once the new one is complete, and "
               "discard an unfinished run of another command.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would happen to every tensor and the sizes; write nothing. "
-              "What stands in --out is checked as the run would; whether the disk has room, and a model can be "
-              "calibrated, is not.")  # fmt: skip
+              "What stands in --out is checked as the run would, and so are model and text that are calibrated on; the "
+              "disk's room is not.")  # fmt: skip
 @click.option("--push-to-hub", metavar="REPO", help="Upload the artifact, with a model card, once it is complete.")
 @click.option("--private", is_flag=True, help="With --push-to-hub: a repository that is made is private.")
 @click.option("--create-pr", is_flag=True, help="With --push-to-hub: open a pull request instead of a commit.")
@@ -163,19 +163,18 @@ def _run(out: Out, arguments: dict[str, Any]) -> None:
 
     check_push(arguments)
     model, options = _options(out, arguments)
-    target, overwrite = arguments["out"], arguments["overwrite"]
+    target = arguments["out"]
     hub = {"revision": arguments["revision"], "token": arguments["token"]}
+    how = {name: arguments[name] for name in ("device", "workers", "max_memory", "overwrite")}
     if model is None:
         raise click.UsageError("Missing argument 'MODEL' (or a --config that names a model).")
     if arguments["dry_run"]:
-        out.plan(*dry_run(model, options, target, max_memory=arguments["max_memory"], overwrite=overwrite, **hub))
+        out.plan(*dry_run(model, options, target, **how, **hub))
         return
     if target is None:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
-    how = {
-        name: arguments[name] for name in ("device", "workers", "max_memory", "overwrite", "keep_source", "hash_source")
-    }
     watch = out.watch if is_first_rank() else None
+    how |= {name: arguments[name] for name in ("keep_source", "hash_source")}
     summary = quantize(model, target, options, **how, **hub, ranks=world_size() > 1, watch=watch, told=out.note)
     if not is_first_rank():
         return

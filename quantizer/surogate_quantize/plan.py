@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -75,10 +76,18 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor of the source in reading order, and the options that decided."""
+    """Every tensor of the source in reading order, and the options that decided.
+
+    Attributes:
+        options: the request.
+        tensors: of the source.
+        calibration: what a calibrated pass records in the manifest beside the options, and `estimated_seconds`; None
+            where there is none.
+    """
 
     options: Options
     tensors: tuple[PlannedTensor, ...]
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def quantized(self) -> tuple[PlannedTensor, ...]:

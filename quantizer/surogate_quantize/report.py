@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from surogate_formats.codes_in_words import codes_in_words
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.summary import PlanSummary, RunSummary, summarize_plan
 
@@ -56,6 +57,8 @@ def run_table(summary: RunSummary) -> RenderableType:
         before, after = summary.output_error
         text = f"{after:.4f} on held-out text, with nearest codes {before:.4f} (mean over the linears)"
         table.add_row("output error", text)
+        blocks = summary.output_error_by_block.items()
+        table.add_row("of each block", ", ".join(f"{n}: {found:.4f} ({first:.4f})" for n, (first, found) in blocks))
     peak = f", peak memory {size(summary.peak_rss_bytes)}" if summary.peak_rss_bytes else ""
     table.add_row("time", f"{summary.seconds:.1f} s, {summary.megabytes_per_second:.0f} MB/s on {summary.device}{peak}")
     table.add_row("files", ", ".join(summary.carried_over) or "no tokenizer or licence beside the source")
@@ -63,6 +66,19 @@ def run_table(summary: RunSummary) -> RenderableType:
         table.add_row("reused", f"{summary.reused_shards} of {summary.plan.shards} shards of an unfinished run")
     table.add_row("written to", summary.out)
     return table
+
+
+def codes_line(codes: Mapping[str, Any]) -> str:
+    """How codes are chosen, and how long that takes."""
+    seconds = codes.get("estimated_seconds")
+    return codes_in_words(codes) + ("" if seconds is None else f"; {_about(seconds)} for all blocks, estimated")
+
+
+def _about(seconds: float) -> str:
+    """Coarse, as it is known."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
 
 
 def _plan_rows(summary: PlanSummary) -> Table:
@@ -75,6 +91,7 @@ def _plan_rows(summary: PlanSummary) -> Table:
     table.add_row("format", f"{summary.format['name']} ({parameters}) in layout {summary.layout}")
     millions = summary.values / 1e6
     share = f"{summary.quantized_share:.1%} of {millions:.1f} M parameters"
+    table.add_row("codes", codes_line(summary.codes))
     table.add_row("quantized", f"{summary.quantized_tensors} weights, {share}")
     table.add_row("kept", "; ".join(f"{count} {reason}" for reason, count in summary.kept.items()) or "nothing")
     shards = f", {summary.shards} shards" if summary.shards > 1 else ""

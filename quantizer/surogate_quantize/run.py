@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from surogate_quantize.ranks.environment import local_share
 from surogate_quantize.ranks.errors import DifferentPlansError
 from surogate_quantize.ranks.sharing import staged_together
 from surogate_quantize.ranks.team import Alone, Team, joined
+from surogate_quantize.report import codes_line
 from surogate_quantize.run_identity import Identity, difference, run_identity
 from surogate_quantize.sidecars import (
     carried_names,
@@ -39,7 +40,7 @@ from surogate_quantize.sidecars import (
 )
 from surogate_quantize.staging import Staging
 from surogate_quantize.stream import Solved
-from surogate_quantize.summary import RunSummary, summarize_run
+from surogate_quantize.summary import RunSummary, summarize_plan, summarize_run
 from surogate_quantize.syncing import write_synced
 from surogate_quantize.version import VERSION
 from surogate_quantize.work import Work
@@ -60,6 +61,8 @@ def dry_run(
     options: Options,
     out: str | Path | None = None,
     *,
+    device: str = "auto",
+    workers: int | None = None,
     max_memory: int | str = DEFAULT_MAX_MEMORY,
     overwrite: bool = False,
     revision: str | None = None,
@@ -67,10 +70,15 @@ def dry_run(
 ) -> tuple[Plan, list[str]]:
     """What `quantize` would do, and what the user should know about it: reads headers and config only.
 
+    Where the model is to be run on text, it is built without its weights, the text is read, and a product is timed for
+    the plan's estimate.
+
     Args:
         model: directory of a Hugging Face checkpoint in safetensors, or a name on the Hub such as `org/model`.
         options: what to do.
         out: directory of the artifact, checked as `quantize` checks it; None checks none.
+        device: see `quantize`; without effect but on a calibrated pass.
+        workers: see `quantize`.
         max_memory: see `quantize`.
         overwrite: an artifact may stand in `out`.
         revision: see `quantize`.
@@ -79,7 +87,8 @@ def dry_run(
     Raises:
         OutputExistsError, OutputInSourceError: see `surogate_quantize.output.check_output`.
         CheckpointError: the source is not what it claims to be.
-        SurogateError: see `surogate_quantize.plan.make_plan`.
+        SurogateError: see `surogate_quantize.plan.make_plan`, and for a calibrated pass
+            `surogate_quantize.calibration.calibrate.Calibration`.
     """
     with open_source(model, None, revision=revision, token=token, keep_source=False) as opened:
         source = opened.checkpoint
@@ -89,8 +98,13 @@ def dry_run(
         made = make_plan(source, options)
         budget = parse_size(max_memory, "max_memory")
         check_budget(made, band_bytes(budget), budget)
-        if out is not None and not options.calibrates:
-            Staging(Path(out), made.shards).check(run_identity(opened, made, {}), overwrite=overwrite)
+        settings: Mapping[str, Any] = {}
+        if options.calibrates:
+            with open_engine(device, made.options.format, workers) as engine:
+                calibration = prepare_calibration(source, made, engine, 1, budget, reading=False)
+            made, settings = _with_calibration(made, calibration)
+        if out is not None:
+            Staging(Path(out), made.shards).check(run_identity(opened, made, settings), overwrite=overwrite)
         return made, warnings_before(source, made)
 
 
@@ -157,7 +171,7 @@ def quantize(
             check_budget(made, limit, budget)
             engine = stack.enter_context(open_engine(device, made.options.format, threads))
             calibration = prepare_calibration(opened.checkpoint, made, engine, team.size, budget)
-            settings = calibration.recorded() if calibration else {}
+            made, settings = _with_calibration(made, calibration)
             files = opened.checkpoint.hash_files() if hash_source and team.rank == 0 else opened.checkpoint.files
             identity = run_identity(opened, made, settings)
             return _Prepared(opened, sidecars, made, engine, identity, calibration, settings, files, out_path.name)
@@ -166,11 +180,7 @@ def quantize(
         with staged_together(team, out_path, job.identity, job.plan.shards, overwrite=overwrite) as staging:
             work = Work.found(team, job.plan, staging, threads)
             team.together(lambda: staging.check_room(work.bytes_to_write + _room_beside(job)))
-            solved = (
-                job.calibration.solve(staging.calibration, job.engine, limit, told or _silent)
-                if job.calibration
-                else None
-            )
+            solved = _solved(job, staging.calibration, limit, told or _silent)
             results, advice = _stream(job, work, limit, watch, solved)
             team.together(lambda: _write_rest(job, staging.files, results, solved) if team.rank == 0 else None)
     return summarize_run(
@@ -198,6 +208,21 @@ class _Prepared:
     settings: Mapping[str, Any]
     files: tuple[SourceFile, ...]
     out: str
+
+
+def _with_calibration(made: Plan, calibration: Calibration | None) -> tuple[Plan, Mapping[str, Any]]:
+    """The plan with what its calibrated pass is told to be, and what of it the manifest records."""
+    if calibration is None:
+        return made, {}
+    settings = calibration.recorded()
+    return replace(made, calibration={**settings, "estimated_seconds": round(calibration.seconds)}), settings
+
+
+def _solved(job: _Prepared, folder: Path, limit: int, told: Callable[[str], None]) -> SolvedBlocks | None:
+    if job.calibration is None:
+        return None
+    told(f"codes: {codes_line(summarize_plan(job.plan).codes)}")
+    return job.calibration.solve(folder, job.engine, limit, told)
 
 
 def _room_beside(job: _Prepared) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surogate_formats.format import to_dict
+from surogate_formats.output_errors import output_errors
 from surogate_quantize.plan import Plan, PlannedTensor, count_reasons
 from surogate_quantize.results import Result
 from surogate_quantize.weight_errors import Errors
@@ -24,6 +25,7 @@ class PlanSummary:
     Attributes:
         format: the format with its parameters.
         layout: the layout's name.
+        codes: how codes are chosen, as the manifest records it; of a calibrated pass also `estimated_seconds`.
         source_bytes, artifact_bytes: payload of all tensors.
         values: values in the model; `quantized_values` of them are quantized.
         quantized_tensors: number of tensors that are quantized.
@@ -35,6 +37,7 @@ class PlanSummary:
 
     format: Mapping[str, Any]
     layout: str
+    codes: Mapping[str, Any]
     source_bytes: int
     artifact_bytes: int
     values: int
@@ -65,6 +68,7 @@ class RunSummary:
         worst: name and relative error of the worst weight.
         output_error: where the model was run on text, the mean relative error of the linears' outputs on held-out text,
             with codes that are nearest and with those that were found (and the adapter); None elsewhere.
+        output_error_by_block: the same by the number of the block.
         seconds: wall time of the whole run.
         megabytes_per_second: source bytes / seconds / 10^6.
         peak_rss_bytes: the largest resident size of the process so far; None where the system doesn't tell.
@@ -80,6 +84,7 @@ class RunSummary:
     relative_error_by_projection: Mapping[str, float]
     worst: tuple[str, float]
     output_error: tuple[float, float] | None
+    output_error_by_block: Mapping[int, tuple[float, float]]
     seconds: float
     megabytes_per_second: float
     peak_rss_bytes: int | None
@@ -103,6 +108,7 @@ def summarize_plan(plan: Plan) -> PlanSummary:
     return PlanSummary(
         format=to_dict(plan.options.format),
         layout=plan.options.layout.name,
+        codes={"codes": plan.options.codes, "adapter_init": plan.options.adapter_init, **(plan.calibration or {})},
         source_bytes=sum(tensor.info.nbytes for tensor in plan.tensors),
         artifact_bytes=stored,
         values=values,
@@ -163,6 +169,10 @@ def summarize_run(
         relative_error_by_projection={name: _relative(errors) for name, errors in by_projection.items()},
         worst=(worst, measured[worst].relative),
         output_error=_output_error(results),
+        output_error_by_block={
+            block: (error.nearest, error.packed)
+            for block, error in output_errors({name: result.record for name, result in results.items()}).items()
+        },
         seconds=seconds,
         megabytes_per_second=summary.source_bytes / seconds / 1e6,
         peak_rss_bytes=peak_rss(),

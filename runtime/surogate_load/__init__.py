@@ -14,6 +14,7 @@ from surogate_load.import_hooks import when_imported
 
 if TYPE_CHECKING:
     from surogate_load.artifact_weights import open_artifact
+    from surogate_load.export.adapter_change import export_adapter
     from surogate_load.export.dense import dequantize
     from surogate_load.export.merging import merge
     from surogate_load.generation import generate
@@ -33,6 +34,7 @@ __all__ = [
     "QuantizedLinear",
     "dequantize",
     "end_step",
+    "export_adapter",
     "from_config",
     "fully_shard",
     "generate",
@@ -54,6 +56,7 @@ _HOMES = {
     "QuantizedLinear": "linear",
     "dequantize": "export.dense",
     "end_step": "recipes.delayed",
+    "export_adapter": "export.adapter_change",
     "from_config": "yaml_config",
     "fully_shard": "parallel.sharding",
     "generate": "generation",
@@ -100,7 +103,14 @@ def _register_trainer() -> None:
     register()
 
 
+def _register_adapter_warning() -> None:
+    from surogate_load.initial_adapter import register
+
+    register()
+
+
 when_imported("peft.tuners.lora.model", _register_adapter_layer)
+when_imported("peft.peft_model", _register_adapter_warning)
 when_imported("transformers.trainer", _register_trainer)
 
 

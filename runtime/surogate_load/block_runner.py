@@ -15,17 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.errors import SurogateError
-from surogate_load.architecture import model_class, need_transformers, one_line
+from surogate_load.architecture import one_line
+from surogate_load.block_calls import Answer, NoBlocksError, NotFiniteError, Recorder, equal
+from surogate_load.empty_model import assign, empty_model
 from surogate_load.model_tensors import DenseTensors, ModelTensors
 
-
-class NoBlocksError(SurogateError):
-    """The model's blocks can't be found, filled or run one by one."""
-
-
-class NotFiniteError(SurogateError):
-    """The model's own activations hold a NaN or an infinity."""
+__all__ = ["BlockRunner", "NoBlocksError", "NotFiniteError"]
 
 
 class BlockRunner:
@@ -53,7 +48,7 @@ class BlockRunner:
         """Builds the model and fills what isn't a block."""
         self._tensors: ModelTensors = DenseTensors(tensors) if isinstance(tensors, Checkpoint) else tensors
         self.device, self._dtype = torch.device(device), dtype
-        self._model = _empty_model(self._tensors, dtype)
+        self._model = empty_model(self._tensors, dtype)
         self.name = type(self._model).__name__
         self.prefix, self._blocks = self._find_blocks()
         self.count = len(self._blocks)
@@ -77,7 +72,7 @@ class BlockRunner:
             NoBlocksError: that isn't the same for every text, or the blocks aren't called one after the other.
             NotFiniteError: see the class.
         """
-        recorders = [_Recorder() for _ in range(self.count)]
+        recorders = [Recorder() for _ in range(self.count)]
         with self._in_place(recorders), torch.no_grad(), self._running():
             self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
         if not all(recorder.called for recorder in recorders):
@@ -85,7 +80,7 @@ class BlockRunner:
                 f"{self.name}: not every block is called once, in order; it can't be run block by block"
             )
         calls, shape = [recorder.keywords for recorder in recorders], tuple(ids.shape)
-        if shape == self._shape and not _equal(calls, self._calls):
+        if shape == self._shape and not equal(calls, self._calls):
             raise NoBlocksError(
                 f"{self.name}: what its blocks are given depends on the text; it can't be run block by block"
             )
@@ -139,7 +134,7 @@ class BlockRunner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states after the last block."""
-        with self._in_place([_Answer(hidden) for _ in range(self.count)]), torch.no_grad():
+        with self._in_place([Answer(hidden) for _ in range(self.count)]), torch.no_grad():
             ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
             found: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return self._finite(found, "its head")
@@ -147,9 +142,7 @@ class BlockRunner:
     def _finite(self, found: Tensor, where: str) -> Tensor:
         if not torch.isfinite(found).all():
             dtype = str(found.dtype).removeprefix("torch.")
-            raise NotFiniteError(
-                f"{self.name}: {where} gives a NaN or an infinity in {dtype}; look at its weights, or take another dtype"
-            )
+            raise NotFiniteError(f"{self.name}: {where} gives a NaN or an infinity in {dtype}: look at its weights")
         return found
 
     @contextmanager
@@ -194,7 +187,7 @@ class BlockRunner:
             if full in self._tensors.names or name not in tied:
                 self._check(full, tensor)
             if full in self._tensors.names and self.device.type != "meta":
-                _assign(module, name, self._tensors.read(full, self.device, self._dtype))
+                assign(module, name, self._tensors.read(full, self.device, self._dtype))
         if not prefix:
             self._model.tie_weights()
 
@@ -207,70 +200,3 @@ class BlockRunner:
             raise NoBlocksError(
                 f"{self.name}: {name} isn't in the checkpoint under this name; it can't be run block by block"
             )
-
-
-class _Recorder(nn.Module):
-    """Stands in a block's place and notes what it is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called = False
-
-    def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        if arguments:
-            raise NoBlocksError("its blocks take arguments without names; it can't be run block by block")
-        self.called, self.hidden, self.keywords = True, hidden_states, keywords
-        return hidden_states
-
-
-class _Answer(nn.Module):
-    """Stands in a block's place and gives hidden states that are known."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self._hidden = hidden
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return self._hidden
-
-
-_NOT_THE_MODEL = ("quantization_config", "compression_config", "auto_map")
-"""Keys of config.json that say how weights are packed, or whose code to run."""
-
-
-def _equal(calls: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    """Whether all tensors in two lists of keywords are equal; each is compared once."""
-    one, other = ({id(tensor): tensor for tensor in _tensors_in(found)} for found in (calls, others))
-    return len(one) == len(other) and all(map(torch.equal, one.values(), other.values()))
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
-
-
-def _empty_model(tensors: ModelTensors, dtype: torch.dtype) -> Any:
-    """The model with its parameters on the meta device; buffers that no file holds are computed."""
-    transformers = need_transformers()
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-
-    settings = {key: value for key, value in tensors.config.items() if key not in _NOT_THE_MODEL}
-    try:
-        config = transformers.AutoConfig.for_model(**settings)
-        with init_empty_weights(include_buffers=False):
-            model = model_class(settings)._from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NoBlocksError(f"{tensors.directory}: the model can't be built ({one_line(error)})") from error
-    return model.eval()
-
-
-def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(parent)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    else:
-        owner._buffers[leaf] = value

@@ -159,6 +159,22 @@ def merge(artifact: str, adapter: str, out: str, dtype: str | None, requantize: 
 
 @main.command()
 @click.argument("artifact", type=click.Path())
+@click.argument("adapter", type=click.Path())
+@OUT
+@on_the_hub
+def export_adapter(artifact: str, adapter: str, out: str) -> None:
+    """Write ADAPTER, trained from adapter-init, for the dense model.
+
+    ADAPTER is a directory that PEFT saved. The adapter that ARTIFACT came with makes up for the error of its weights,
+    which the dense model hasn't: the result is the difference of the two, with the ranks of both.
+    """
+    from surogate_load.export.adapter_change import export_adapter as export
+
+    click.echo(export(artifact, adapter, out))
+
+
+@main.command()
+@click.argument("artifact", type=click.Path())
 @click.argument("prompt")
 @click.option("--adapter", type=click.Path(), help="Directory of an adapter that PEFT saved.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")

@@ -97,6 +97,8 @@ def _paired(tensors: dict[str, Tensor], config: Any, folder: str | Path) -> Iter
     from peft.utils.other import get_pattern_key
 
     for name, a in tensors.items():
+        if name.endswith(".base_layer.weight"):  # PEFT's copy of a frozen head, beside its adapter
+            continue
         module, _, letter = name.removeprefix(PREFIX).rpartition(".lora_")
         if not name.startswith(PREFIX) or letter not in ("A.weight", "B.weight"):
             raise NotPlainAdapterError(f"{folder}: {name} is no matrix of a plain LoRA adapter")

@@ -126,8 +126,8 @@ def test_json_of_a_plan_and_of_a_run(made, summary, capsys):
     assert data["schema_version"] == 1
     assert set(data) == {"schema_version", "plan", "tensors"}
     assert set(data["plan"]) == {
-        "format", "layout", "source_bytes", "artifact_bytes", "values", "quantized_values", "quantized_tensors",
-        "bits_per_weight", "model_bits_per_weight", "kept", "shards", "quantized_share",
+        "format", "layout", "codes", "source_bytes", "artifact_bytes", "values", "quantized_values",
+        "quantized_tensors", "bits_per_weight", "model_bits_per_weight", "kept", "shards", "quantized_share",
     }  # fmt: skip
     assert data["tensors"]["lm_head.weight"] == {
         "decision": "keep",
@@ -141,7 +141,7 @@ def test_json_of_a_plan_and_of_a_run(made, summary, capsys):
     data = json.loads(capsys.readouterr().out)
     assert set(data) == {
         "schema_version", "plan", "out", "reused_shards", "device", "relative_error",
-        "relative_error_by_projection", "worst", "output_error", "seconds",
+        "relative_error_by_projection", "worst", "output_error", "output_error_by_block", "seconds",
         "megabytes_per_second", "peak_rss_bytes", "carried_over", "warnings", "quantized_share",
     }  # fmt: skip
     assert data["quantized_share"] == summary.plan.quantized_share

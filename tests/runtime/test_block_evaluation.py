@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -13,7 +14,7 @@ from runtime.artifacts import write_artifact
 from runtime.layers import KINDS
 from runtime.test_cli import write_tokenizer
 
-from surogate_formats.artifact import Artifact
+from surogate_formats.artifact import ADAPTER, Artifact
 from surogate_formats.checkpoint import Checkpoint
 from surogate_load import block_evaluation, evaluation
 from surogate_load.block_evaluation import NoRoomForActivationsError, evaluate_blocks
@@ -217,6 +218,11 @@ def test_the_command(artifact, tmp_path):
     ]  # fmt: skip
     assert rows["adapter"]["mean KL (nats)"] > rows["none"]["mean KL (nats)"]
     assert rows["adapter"]["perplexity of the dense model"] == rows["none"]["perplexity of the dense model"]
+    own = tmp_path / "own"
+    shutil.copytree(artifact, own)
+    shutil.copytree(folder, own / ADAPTER)
+    found = CliRunner().invoke(main, ["evaluate", str(own), *arguments[2:], "--dtype", "float32", "--adapter", "init"])
+    assert json.loads(found.stdout) == rows["adapter"]
     missing = CliRunner().invoke(main, [*arguments, "--adapter", "init"])
     assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1)
     assert "adapter-init: no adapter_config.json" in missing.stderr

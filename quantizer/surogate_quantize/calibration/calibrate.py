@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from surogate_formats.artifact import ADAPTER
 from surogate_formats.checkpoint import Checkpoint
-from surogate_formats.codes_in_words import WRITTEN
+from surogate_formats.codes_in_words import HELD_OUT, WRITTEN
 from surogate_load.architecture import need_transformers, one_line
 from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_quantize.bands import MIB, MemoryBudgetError, in_words
 from surogate_quantize.calibration.adapter import ALPHA, write_adapter
 from surogate_quantize.calibration.block_pass import BlockPass, streams_of
+from surogate_quantize.calibration.estimate import Work
 from surogate_quantize.calibration.saving import save
 from surogate_quantize.calibration.store import SolvedBlocks
 from surogate_quantize.calibration.streams import Streams
@@ -33,6 +34,7 @@ from surogate_quantize.calibration.text import (
     rows_of_file,
     written_rows,
 )
+from surogate_quantize.calibration.weight_pass import ROUNDS
 from surogate_quantize.calibration_options import ROW, CalibrationOptions
 from surogate_quantize.engine import Engine
 from surogate_quantize.plan import Plan, PlannedTensor
@@ -41,9 +43,6 @@ from surogate_quantize.weight_reader import WeightReader
 
 ROWS_AT_ONCE = 4
 """Rows of text that run through a block at a time."""
-
-HELD_OUT = 4
-"""Rows of text beyond those that are solved on: the errors that are reported are measured on them."""
 
 WRITING = 4 * 1.5
 """Bytes for each value of a model that writes: float32, and what it remembers of the rows."""
@@ -140,9 +139,8 @@ class Calibration:
                 f"{self._source.directory}: has no tokenizer, so the model can't write the text; give "
                 "`calibration_text` FILE with `input_ids`"
             )
-        values = sum(math.prod(entry.info.shape) for entry in self._source.tensors.values())
         room = max_memory if self._device == "cpu" else torch.cuda.mem_get_info()[0]
-        if (needed := round(WRITING * values)) > room:
+        if (needed := round(WRITING * self._values)) > room:
             raise CalibrationTextError(
                 f"{self._source.directory}: takes {needed / 1e9:.1f} GB to write its calibration text, and "
                 f"{room / 1e9:.1f} GB may be used; give `calibration_text` FILE, or a larger `max_memory`"
@@ -152,12 +150,36 @@ class Calibration:
         widest = max(tensor.info.shape[1] for tensor in self._tensors.values())
         return -(-self._options.tokens_for(widest) // self._length)
 
+    @property
+    def seconds(self) -> float:
+        """How long the whole pass takes, about."""
+        options = self._plan.options
+        solves = ROUNDS if self._options.adapter_joint else 1
+        return Work(
+            shapes=tuple(tensor.info.shape for tensor in self._tensors.values()),
+            blocks=self._runner.count,
+            tokens=self._tokens,
+            row=self._length,
+            streams=len(streams_of(options)),
+            solves=solves if options.codes == "calibrated" else 0,
+            adapts=solves if options.adapter_init is not None else 0,
+            written=self._values if self._given is None else 0,
+        ).seconds(self._device)
+
+    @property
+    def _tokens(self) -> int:
+        return self._length * (self._rows() + HELD_OUT if self._given is None else len(self._given))
+
+    @property
+    def _values(self) -> int:
+        return sum(math.prod(entry.info.shape) for entry in self._source.tensors.values())
+
     def recorded(self) -> dict[str, Any]:
         """What the codes depend on beside the options, for the manifest and for a run that goes on."""
         text = self._options.text
         return {
             "calibration_text": WRITTEN if text is None else f"sha256 {file_sha256(Path(text))}",
-            "calibration_tokens": self._length * (self._rows() + HELD_OUT if self._given is None else len(self._given)),
+            "calibration_tokens": self._tokens,
             "calibration_row": self._length,
             "calibration_seed": self._options.seed,
             "adapter_joint": self._options.adapter_joint,

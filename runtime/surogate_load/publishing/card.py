@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from surogate_formats.artifact import Artifact
+from surogate_formats.codes_in_words import WRITTEN, codes_in_words
 from surogate_formats.manifest import Manifest, TensorRecord
+from surogate_formats.output_errors import output_errors
 from surogate_load.inspection import describe
 from surogate_load.publishing.command import command_of
 from surogate_load.publishing.readers import how_to_load
@@ -44,7 +46,8 @@ def make_card(artifact: Artifact, repo: str, base: Base | None, source: SourceCa
         _table(_errors(artifact.manifest)),
         "The relative error is ||dequantized - source|| / ||source|| of a weight. It says nothing about the quality "
         "of the model's answers.",
-        f"![Relative error of every quantized weight by layer]({PLOT})" if plot else "",
+        *_outputs(artifact.manifest),
+        f"![Errors of weights, and of outputs where the model was run on text, by layer]({PLOT})" if plot else "",
         "## How it was made",
         _fenced("bash", command_of(artifact.manifest)),
         _origin(artifact.manifest),
@@ -76,6 +79,7 @@ def _facts(artifact: Artifact, found: dict[str, Any]) -> Iterable[tuple[str, ...
     share = found["quantized_parameters"] / max(found["parameters_in_all"], 1)
     yield "", ""
     yield "format", f"{found['format']} ({', '.join(f'{key} {value}' for key, value in found['parameters'].items())})"
+    yield "codes", codes_in_words(artifact.manifest.options)
     yield "quantized", f"{found['quantized_weights']} weights, {share:.1%} of {found['parameters_in_all'] / 1e6:.1f} M"
     yield "kept", "; ".join(f"{count} {reason}" for reason, count in found["kept"].items()) or "nothing"
     yield (
@@ -107,12 +111,30 @@ def _errors(manifest: Manifest) -> Iterable[tuple[str, ...]]:
         )
 
 
+def _outputs(manifest: Manifest) -> Iterable[str]:
+    """What rounding costs at the outputs of each block's linears, where the model was run on text."""
+    blocks = output_errors(manifest.tensors)
+    if not blocks:
+        return
+    adapted = " and their adapter" if manifest.options.get("adapter_init") is not None else ""
+    rows = [("block", "linears", "nearest codes", f"these codes{adapted}")]
+    rows += [(str(n), str(error.weights), f"{error.nearest:.4f}", f"{error.packed:.4f}") for n, error in blocks.items()]
+    yield _table(rows)
+    yield (
+        "The error of a linear's output is ||Q x - W x'|| / ||W x'|| on text that the codes were not solved on: x' is "
+        "what the original model gives the linear W, and x what the packed one gives Q. The table has means of blocks."
+    )
+
+
 def _origin(manifest: Manifest) -> str:
     revision = f", revision `{manifest.revision}`" if manifest.revision else ""
+    text = manifest.options.get("calibration_text", WRITTEN)
+    same = "" if "calibration_text" not in manifest.options else " on the same device with the same number of threads"
+    file = "" if text == WRITTEN else f" FILE is the text with the {text}."
     return (
-        f"surogate-quant {manifest.tool_version} from `{manifest.source}`{revision}. The same command makes the same "
-        "tensors, byte by byte; `surogate.json` records the SHA-256, the decision and the errors of every tensor, and "
-        "`surogate-load verify` checks them."
+        f"surogate-quant {manifest.tool_version} from `{manifest.source}`{revision}.{file} The same command makes the "
+        f"same tensors{same}, byte by byte; `surogate.json` records the SHA-256, the decision and the errors of every "
+        "tensor, and `surogate-load verify` checks them."
     )
 
 

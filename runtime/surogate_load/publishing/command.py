@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from surogate_formats.codes_in_words import HELD_OUT, WRITTEN
 from surogate_formats.manifest import Manifest
 
 FLAGS: Mapping[str, Callable[[Any], list[str]]] = {
@@ -21,7 +22,10 @@ FLAGS: Mapping[str, Callable[[Any], list[str]]] = {
 
 
 def command_of(manifest: Manifest) -> str:
-    """`surogate-quantize` with every option that shaped the artifact, and what must be filled in: `--out`."""
+    """`surogate-quantize` with every option that shaped the artifact, and what must be filled in.
+
+    That is `--out`, and the file of a text that was calibrated on.
+    """
     source = manifest.source if "/" in manifest.source else f"./{manifest.source}"
     words = ["surogate-quantize", source]
     words += ["--revision", manifest.revision] if manifest.revision else []
@@ -29,10 +33,21 @@ def command_of(manifest: Manifest) -> str:
     for name, flag in FLAGS.items():
         if name in manifest.format:
             words += flag(manifest.format[name])
-    for name, value in manifest.options.items():
+    for name, value in _given(manifest.options).items():
         words += _option(f"--{name.replace('_', '-')}", value)
     words += ["--hash-source"] if any(file.sha256 for file in manifest.files) else []
     return shlex.join([*words, "--out", "DIR"])
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a user gives: of a calibrated pass the manifest records what came of them, too."""
+    found = {name: value for name, value in options.items() if not name.startswith("calibration_")}
+    if "calibration_tokens" in options:
+        # Rows that are held out come on top of the tokens that are asked for.
+        held_out = HELD_OUT * (options.get("calibration_row") or 0)
+        found["calibration_tokens"] = max(options["calibration_tokens"] - held_out, 0)
+        found["calibration_text"] = None if options.get("calibration_text") == WRITTEN else "FILE"
+    return found
 
 
 def _option(flag: str, value: Any) -> list[str]:
