@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from surogate_formats.block_errors import output_errors
 from surogate_formats.format import to_dict
-from surogate_formats.output_errors import output_errors
 from surogate_quantize.plan import Plan, PlannedTensor, count_reasons
 from surogate_quantize.results import Result
 from surogate_quantize.weight_errors import Errors

@@ -163,7 +163,7 @@ def merge(artifact: str, adapter: str, out: str, dtype: str | None, requantize: 
 @OUT
 @on_the_hub
 def export_adapter(artifact: str, adapter: str, out: str) -> None:
-    """Write ADAPTER, trained from adapter-init, for the dense model.
+    """Write what ADAPTER has learned, for the dense model.
 
     ADAPTER is a directory that PEFT saved. The adapter that ARTIFACT came with makes up for the error of its weights,
     which the dense model hasn't: the result is the difference of the two, with the ranks of both.

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from surogate_formats.artifact import Artifact
+from surogate_formats.block_errors import output_errors
 from surogate_formats.codes_in_words import WRITTEN, codes_in_words
 from surogate_formats.manifest import Manifest, TensorRecord
-from surogate_formats.output_errors import output_errors
 from surogate_load.inspection import describe
 from surogate_load.publishing.command import command_of
 from surogate_load.publishing.readers import how_to_load

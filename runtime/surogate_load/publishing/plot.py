@@ -7,8 +7,8 @@ import re
 from collections import defaultdict
 from typing import Any
 
+from surogate_formats.block_errors import output_errors
 from surogate_formats.manifest import Manifest
-from surogate_formats.output_errors import output_errors
 
 INCHES = (9.0, 4.5)
 DOTS_PER_INCH = 120
