@@ -87,10 +87,15 @@ def test_the_card_has_them_and_says_how_codes_were_chosen(finished):
     with Artifact.open(out) as artifact:
         text = make_card(artifact, "me/packed", None, SourceCard(), plot=True)
         manifest = artifact.manifest
+        artifact.manifest = replace(manifest, options={**manifest.options, "adapter_init": 4})
+        adapted = make_card(artifact, "me/packed", None, SourceCard(), plot=True)
+    assert "| these codes and their adapter |" in adapted
+    assert 'load_model("me/packed", adapter="init")' in adapted
     for block, (before, after) in summary.output_error_by_block.items():
         assert f"| {block} | 7 | {before:.4f} | {after:.4f} |" in text
     assert "| nearest codes | these codes |" in text
     assert f"| codes | {codes_in_words(manifest.options)} |" in text
+    assert "adapter-init" not in text
     assert f"FILE is the text with the {manifest.options['calibration_text']}." in text
     pytest.importorskip("matplotlib")
     without = {name: replace(record, output_error=None) for name, record in manifest.tensors.items()}

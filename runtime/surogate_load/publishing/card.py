@@ -25,6 +25,12 @@ NUMBERS = {"nf4": ("nf4", "4-bit"), "fp4": ("nvfp4", "fp4", "4-bit"), "fp8": ("f
 """Format to the Hub's usual tags for it."""
 
 
+_ADAPTER = (
+    'The LoRA adapter in `adapter-init` starts from what is left of the error: `load_model("{repo}", adapter="init")`. '
+    "It isn't for the dense model, for which `surogate-load export-adapter` writes what was trained."
+)
+
+
 def make_card(artifact: Artifact, repo: str, base: Base | None, source: SourceCard, *, plot: bool) -> str:
     """README.md: YAML fields as the Hub expects them, and Markdown.
 
@@ -53,6 +59,7 @@ def make_card(artifact: Artifact, repo: str, base: Base | None, source: SourceCa
         _origin(artifact.manifest),
         "## How to load it",
         how_to_load(found["loads_in"], artifact.config, repo),
+        _ADAPTER.format(repo=repo) if artifact.manifest.options.get("adapter_init") is not None else "",
         *(("## The source's model card", source.text.strip()) if source.text.strip() else ()),
     ]
     return f"---\n{_fields(artifact, base, source)}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
