@@ -136,9 +136,22 @@ def dequantize(artifact: str, out: str, dtype: str | None) -> None:
 @OUT
 @DTYPE
 @click.option("--requantize", is_flag=True, help="Pack the result as ARTIFACT is packed, and say what that lost.")
+@click.option("--codes", type=click.Choice(["nearest", "search", "calibrated"]), help="With --requantize: how codes "
+              "are chosen.  [default: as ARTIFACT's were]")  # fmt: skip
+@click.option("--calibration-text", metavar="FILE", type=click.Path(), help="With --requantize: text for calibrated "
+              "codes.  [default: the merged model writes it]")  # fmt: skip
 @click.option("--json", "json_mode", is_flag=True, help="Print the result as JSON.")
 @on_the_hub
-def merge(artifact: str, adapter: str, out: str, dtype: str | None, requantize: bool, json_mode: bool) -> None:
+def merge(
+    artifact: str,
+    adapter: str,
+    out: str,
+    dtype: str | None,
+    requantize: bool,
+    codes: str | None,
+    calibration_text: str | None,
+    json_mode: bool,
+) -> None:
     """Write ARTIFACT with ADAPTER merged into it.
 
     ADAPTER is a directory that PEFT saved. The result is a dense checkpoint, or with --requantize an artifact.
@@ -146,11 +159,13 @@ def merge(artifact: str, adapter: str, out: str, dtype: str | None, requantize: 
     if requantize:
         from surogate_load.export.requantize import merge_requantized
 
-        found = merge_requantized(artifact, adapter, out, dtype)
+        found = merge_requantized(artifact, adapter, out, dtype, codes=codes, calibration_text=calibration_text)
         click.echo(json.dumps({**asdict(found), "out": out}, indent=2)) if json_mode else print_rows(found.lines())
         if found.warning is not None:
             click.echo(f"Warning: {found.warning}", err=True)
         return
+    if codes is not None or calibration_text is not None:
+        raise click.UsageError("--codes and --calibration-text choose how --requantize packs; add it")
     from surogate_load.export.merging import merge as export
 
     written = str(export(artifact, adapter, out, dtype))

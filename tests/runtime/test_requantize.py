@@ -35,6 +35,7 @@ CASES = {
     "fp4-modelopt": ("fp4", {"four_over_six": False}, "modelopt", {}),
     "fp8-channel": ("fp8", {"scaling": "channel"}, None, {"skip_first_layers": 1, "skip": ("down_proj",)}),
     "hf-fp8": ("fp8", {"scaling": "block"}, None, {"max_shard_size": 200_000}),
+    "searched": ("fp8", {"scaling": "channel"}, None, {"codes": "search"}),
     "head-and-recipe": ("nf4", {}, None, {"quantize_lm_head": True, "training": TRAINING}),
 }
 
@@ -158,6 +159,7 @@ def test_the_command(made, tmp_path):
     assert [line.split("  ")[0] for line in done.stdout.splitlines()] == [
         "artifact",
         "packed again",
+        "codes",
         "errors are",
         "adapter",
     ]

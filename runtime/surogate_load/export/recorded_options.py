@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from surogate_formats.codes_in_words import WRITTEN
+from surogate_formats.errors import UsageError
 from surogate_formats.manifest import Manifest
 from surogate_formats.training_config import KEYS
-from surogate_load.publishing.command import FLAGS
+from surogate_load.publishing.command import FLAGS, tokens_asked_for
+
+
+class CalibrationTextGoneError(UsageError):
+    """Codes were calibrated on a file, of which an artifact holds no more than the SHA-256."""
 
 
 def quantizer_arguments(manifest: Manifest) -> list[str]:
@@ -21,6 +28,34 @@ def quantizer_arguments(manifest: Manifest) -> list[str]:
     for pattern in options.get("skip", ()):
         words += ["--skip", pattern]
     return [*words, *(["--quantize-lm-head"] if options.get("quantize_lm_head") else [])]
+
+
+def code_arguments(manifest: Manifest, codes: str | None, text: str | Path | None) -> list[str]:
+    """How surogate-quantize is to choose codes: as an artifact's were chosen, or as `codes` says.
+
+    Args:
+        manifest: of the artifact.
+        codes: nearest, search or calibrated; None is what the manifest records.
+        text: a file to calibrate on; None is text that the model writes itself.
+
+    Raises:
+        UsageError: a text for codes that need none.
+        CalibrationTextGoneError: the artifact was calibrated on a file, and there is none here.
+    """
+    options = manifest.options
+    chosen = codes or options.get("codes", "nearest")
+    if chosen != "calibrated":
+        if text is not None:
+            raise UsageError(f"--calibration-text: codes that are {chosen} need no text; add --codes calibrated")
+        return ["--codes", chosen]
+    recorded = options.get("calibration_text", WRITTEN)
+    if text is None and codes is None and recorded != WRITTEN:
+        raise CalibrationTextGoneError(
+            f"its codes were calibrated on a file ({recorded}); give it as --calibration-text, or choose --codes"
+        )
+    tokens = tokens_asked_for(options)
+    words = ["--codes", chosen, *(["--calibration-tokens", str(tokens)] if tokens else [])]
+    return [*words, *(["--calibration-text", str(text)] if text is not None else [])]
 
 
 def training_settings(manifest: Manifest) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.checkpoint import Checkpoint
+from surogate_formats.codes_in_words import codes_in_words
 from surogate_formats.dtypes import FLOATS
 from surogate_formats.errors import UsageError
 from surogate_formats.manifest import Manifest
@@ -22,7 +23,12 @@ from surogate_load.artifact_weights import OpenArtifact
 from surogate_load.errors import ExportFailedError, QuantizerFailedError
 from surogate_load.export.checkpoint import check_absent
 from surogate_load.export.merging import merge
-from surogate_load.export.recorded_options import quantizer_arguments, training_settings
+from surogate_load.export.recorded_options import (
+    CalibrationTextGoneError,
+    code_arguments,
+    quantizer_arguments,
+    training_settings,
+)
 from surogate_load.local import open_local
 from surogate_load.quantized_cache import _run
 from surogate_load.weight import to_torch
@@ -43,6 +49,7 @@ class Requantized:
         change: ||merged - before|| / ||before|| of these; None if there are none.
         relative_error: ||packed - merged|| / ||merged|| of these; None if there are none.
         largest_error: the largest relative error of a weight, adapted or not.
+        codes: how they were chosen, in words.
         against: dtypes of the merged weights that errors are relative to: the float32 sums, rounded once.
     """
 
@@ -52,6 +59,7 @@ class Requantized:
     change: float | None
     relative_error: float | None
     largest_error: float
+    codes: str
     against: tuple[str, ...]
 
     @property
@@ -70,6 +78,7 @@ class Requantized:
         found = {
             "artifact": str(self.out),
             "packed again": f"{self.weights} weights, the largest relative error of one {self.largest_error:.5f}",
+            "codes": self.codes,
             "errors are": f"against the merged weights in {' and '.join(self.against)}",
         }
         if self.change is None or self.relative_error is None:
@@ -101,7 +110,13 @@ class _Change:
 
 
 def merge_requantized(
-    artifact: str | Path, adapter: str | Path, out: str | Path, dtype: str | None = None
+    artifact: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    *,
+    codes: str | None = None,
+    calibration_text: str | Path | None = None,
 ) -> Requantized:
     """Merges an adapter as `merge` does, and packs the result with the format, layout and options of the artifact.
 
@@ -109,13 +124,19 @@ def merge_requantized(
     artifact records it and keeps what isn't packed in it: packing from float32 sums instead would lower the errors by
     0.02 % in NF4 and 0.15 % in FP8.
 
+    Codes that were calibrated are calibrated again, on the merged model, which takes as long as the first time. An
+    adapter that came with the artifact isn't made again.
+
     Args:
         artifact: directory of an artifact that surogate-quantize made.
         adapter: directory that `PeftModel.save_pretrained` wrote.
         out: a directory that doesn't exist yet.
         dtype: of the source that is packed again, and so of what stays unquantized; as in `dequantize`.
+        codes: nearest, search or calibrated; None chooses them as the artifact's were chosen.
+        calibration_text: a file to calibrate on; None lets the merged model write the text.
 
     Raises:
+        CalibrationTextGoneError: the artifact was calibrated on a file, and neither `codes` nor a text is given.
         UnrecordedOptionsError: others packed it.
         QuantizerFailedError: the quantizer can't pack the merged model.
         Everything that `merge` raises.
@@ -124,11 +145,12 @@ def merge_requantized(
     check_absent(target)
     with open_local(artifact) as opened:
         manifest = _manifest(opened)
+        words = [*quantizer_arguments(manifest), *_codes(opened, codes, calibration_text)]
         change = _Change(OpenArtifact(opened))
         with _beside(target) as folder:
             dense = folder / f"{Path(manifest.source).name or 'model'}-merged"
             merge(artifact, adapter, dense, dtype, watch=change)
-            _quantize(dense, target, manifest, folder / "recipe.yaml")
+            _quantize(dense, target, words, manifest, folder / "recipe.yaml")
             return _measure(dense, target, change)
 
 
@@ -139,6 +161,13 @@ def _manifest(artifact: Artifact) -> Manifest:
             "out, then surogate-quantize packs the dense checkpoint"
         )
     return artifact.manifest
+
+
+def _codes(artifact: Artifact, codes: str | None, text: str | Path | None) -> list[str]:
+    try:
+        return code_arguments(artifact.manifest, codes, text)
+    except CalibrationTextGoneError as error:
+        raise CalibrationTextGoneError(f"{artifact.path}: {error}") from None
 
 
 @contextmanager
@@ -153,10 +182,10 @@ def _beside(out: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _quantize(dense: Path, out: Path, manifest: Manifest, settings: Path) -> None:
+def _quantize(dense: Path, out: Path, options: list[str], manifest: Manifest, settings: Path) -> None:
     """Runs the quantizer as a process of its own: its memory goes with it."""
     settings.write_text(yaml.safe_dump(training_settings(manifest)), "utf-8")
-    words = ["--config", str(settings), *quantizer_arguments(manifest), "--out", str(out), "--quiet"]
+    words = ["--config", str(settings), *options, "--out", str(out), "--quiet"]
     code, reason = _run([sys.executable, "-m", "surogate_quantize", str(dense), *words])
     if code:
         raise QuantizerFailedError(f"{out}: the merged model can't be packed again: {reason}")
@@ -164,7 +193,7 @@ def _quantize(dense: Path, out: Path, manifest: Manifest, settings: Path) -> Non
 
 def _measure(dense: Path, out: Path, change: _Change) -> Requantized:
     with Artifact.open(out) as packed, Checkpoint.open(dense) as merged:
-        records = packed.manifest.tensors
+        records, how = packed.manifest.tensors, codes_in_words(packed.manifest.options)
         errors = {f"{module}.weight": records[f"{module}.weight"].relative_error or 0.0 for module in packed.modules}
         adapted = [name for name in change.names if name in errors]
         squares = {name: _square(to_torch(merged.read(name)).float()) for name in adapted}
@@ -178,6 +207,7 @@ def _measure(dense: Path, out: Path, change: _Change) -> Requantized:
         change=(change.change / change.before) ** 0.5 if change.before else None,
         relative_error=(lost / total) ** 0.5 if total else None,
         largest_error=max(errors.values(), default=0.0),
+        codes=how,
         against=tuple(sorted(name for name, dtype in FLOATS.items() if dtype in dtypes)),
     )
 

@@ -43,11 +43,15 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a user gives: of a calibrated pass the manifest records what came of them, too."""
     found = {name: value for name, value in options.items() if not name.startswith("calibration_")}
     if "calibration_tokens" in options:
-        # Rows that are held out come on top of the tokens that are asked for.
-        held_out = HELD_OUT * (options.get("calibration_row") or 0)
-        found["calibration_tokens"] = max(options["calibration_tokens"] - held_out, 0)
+        found["calibration_tokens"] = tokens_asked_for(options)
         found["calibration_text"] = None if options.get("calibration_text") == WRITTEN else "FILE"
     return found
+
+
+def tokens_asked_for(options: Mapping[str, Any]) -> int:
+    """`--calibration-tokens` that gave what a manifest records: rows that are held out came on top of them."""
+    recorded = int(options.get("calibration_tokens") or 0)
+    return max(recorded - HELD_OUT * (options.get("calibration_row") or 0), 0)
 
 
 def _option(flag: str, value: Any) -> list[str]:
