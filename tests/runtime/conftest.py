@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 import transformers
@@ -21,6 +23,13 @@ def pytest_runtest_call(item):
 def _small_and_quiet():
     torch.set_num_threads(1)  # the tensors are tiny: a second thread would only be waited for
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_compiler_cache(tmp_path_factory, worker_id):
+    """On a GPU the compiler times its choices: a worker that reads another's may compile one layer in two ways."""
+    if torch.cuda.is_available() and worker_id != "master":
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def test_capturing_changes_nothing(artifact):
     random = torch.cuda.get_rng_state()
     step = MicroStep(model)
     given = {"input_ids": BATCHES[0], "labels": BATCHES[0], "gradient_scale": torch.ones((), device="cuda")}
-    step._captured(given)
+    step._captured(given, step._surveyed())
     assert torch.equal(torch.cuda.get_rng_state(), random)
     assert all(torch.equal(scale.current, old) for scale, old in zip(delayed_scales(model), before, strict=True))
     assert all((gradient == 0.25).all() for gradient in gradients(model).values())
