@@ -27,8 +27,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# By file: workers that share one would make its fixtures, two ranks among them, each for itself.
 unit: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 soak: $(STAMP)
 	$(BIN)/python tools/soak.py

@@ -15,7 +15,7 @@ from surogate_formats.checkpoint.files import open_regular, read_at
 from surogate_formats.errors import CheckpointError
 from surogate_formats.layouts import StoredTensor
 from surogate_quantize.plan import Plan, PlannedTensor
-from surogate_quantize.results import Result, from_json, to_json
+from surogate_quantize.results import Results, from_json, to_json
 from surogate_quantize.shard import ShardWriter, shard_header
 from surogate_quantize.sidecars import shard_names
 from surogate_quantize.syncing import replace_synced, write_synced
@@ -25,9 +25,6 @@ PART = ".part"
 
 PIECE = 4 << 20
 """Bytes of a shard that are in memory at a time while it is verified."""
-
-Results = dict[str, Result]
-"""What became of tensors, by name."""
 
 
 class OutputShards:

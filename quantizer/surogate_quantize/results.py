@@ -30,6 +30,10 @@ class Result:
     finite: bool
 
 
+Results = dict[str, Result]
+"""What became of tensors, by name."""
+
+
 def kept_result(tensor: PlannedTensor, digest: str, *, finite: bool) -> Result:
     """The result of a tensor that was copied."""
     return Result(_record(tensor, {tensor.info.name: digest}, None), None, None, finite)

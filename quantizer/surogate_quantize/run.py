@@ -22,13 +22,13 @@ from surogate_quantize.engine import Engine, available_cpus
 from surogate_quantize.hub.opening import OpenedSource, open_source
 from surogate_quantize.options import Options, parse_size
 from surogate_quantize.output import check_output
-from surogate_quantize.output_shards import Results
 from surogate_quantize.plan import Plan, PlannedTensor, make_plan
 from surogate_quantize.ranks.environment import local_share
 from surogate_quantize.ranks.errors import DifferentPlansError
 from surogate_quantize.ranks.sharing import staged_together
 from surogate_quantize.ranks.team import Alone, Team, joined
 from surogate_quantize.report import codes_line
+from surogate_quantize.results import Results
 from surogate_quantize.run_identity import Identity, difference, run_identity
 from surogate_quantize.sidecars import (
     carried_names,

@@ -18,9 +18,9 @@ from surogate_quantize.bands import Band, cut_bands
 from surogate_quantize.engine import Engine
 from surogate_quantize.kept import COPY_PIECE, KeptTensor
 from surogate_quantize.options import Options
-from surogate_quantize.output_shards import OutputShards, Results
+from surogate_quantize.output_shards import OutputShards
 from surogate_quantize.plan import Plan, PlannedTensor
-from surogate_quantize.results import Result, kept_result, quantized_result
+from surogate_quantize.results import Result, Results, kept_result, quantized_result
 from surogate_quantize.shard import ShardWriter
 from surogate_quantize.weight_errors import Errors, measured_errors
 from surogate_quantize.weight_reader import Weight, WeightReader, named

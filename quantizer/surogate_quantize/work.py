@@ -10,9 +10,10 @@ import numpy as np
 from surogate_formats.checkpoint import Checkpoint
 from surogate_quantize.bands import enough_memory
 from surogate_quantize.engine import Engine
-from surogate_quantize.output_shards import OutputShards, Results, finished_shards
+from surogate_quantize.output_shards import OutputShards, finished_shards
 from surogate_quantize.plan import Plan, PlannedTensor
 from surogate_quantize.ranks.team import Team
+from surogate_quantize.results import Results
 from surogate_quantize.staging import Staging
 from surogate_quantize.stream import Progress, Solved, run_stream
 from surogate_quantize.weight_reader import WeightReader

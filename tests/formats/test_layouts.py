@@ -212,11 +212,11 @@ def test_formats_round_trip_through_json(fmt):
 @pytest.mark.parametrize(
     ("name", "parameters", "layout", "message"),
     [
-        ("nf4", {}, "hf-fp8", "nf4 has no layout hf-fp8; it has surogate"),
-        ("nf4", {}, "compressed-tensors", "nf4 has no layout compressed-tensors; it has surogate"),
-        ("fp4", {}, "surogate", "fp4 has no layout surogate; it has compressed-tensors"),
-        ("fp4", {}, "hf-fp8", "fp4 has no layout hf-fp8"),
-        ("fp8", {}, "surogate", "fp8 has no layout surogate; it has compressed-tensors and hf-fp8"),
+        ("nf4", {}, "hf-fp8", "it doesn't store nf4; use surogate"),
+        ("nf4", {}, "compressed-tensors", "it doesn't store nf4; use surogate"),
+        ("fp4", {}, "surogate", "it doesn't store fp4; use compressed-tensors"),
+        ("fp4", {}, "hf-fp8", "it doesn't store fp4"),
+        ("fp8", {}, "surogate", "it doesn't store fp8; use compressed-tensors and hf-fp8"),
         ("fp8", {"scaling": "block"}, "compressed-tensors", "use `layout='hf-fp8'`"),
         ("fp8", {"scaling": "tensor"}, "hf-fp8", "use `layout='compressed-tensors'`"),
         ("fp8", {"scaling": "channel"}, "hf-fp8", "use `layout='compressed-tensors'`"),

@@ -127,7 +127,7 @@ def test_the_sidecar_in_full():
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("nf4", {}, "nf4 has no layout modelopt; it has surogate"),
+        ("nf4", {}, "it doesn't store nf4; use surogate"),
         ("fp4", {"global_scale": "amax"}, "`global_scale` must be pow2"),
         ("fp4", {"step": "divide"}, "`step` must be multiply"),
         ("fp8", {"scaling": "channel"}, "not one a channel: use `layout='compressed-tensors'`"),

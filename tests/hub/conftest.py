@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub.forked_commands import COMMANDS, ForkedCommands
 from hub.server import Hub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,9 +32,17 @@ def environment(hub, tmp_path):
     }
 
 
+@pytest.fixture(scope="session")
+def commands():
+    with ForkedCommands() as running:
+        yield running
+
+
 @pytest.fixture
-def run(environment, tmp_path):
+def run(commands, environment, tmp_path):
     def command(package, *arguments, **extra):
+        if package in COMMANDS and "PYTHONPATH" not in extra:
+            return commands.run(package, arguments, environment | extra, tmp_path)
         line = [sys.executable, "-m", package, *map(str, arguments)]
         return subprocess.run(
             line, capture_output=True, text=True, env=environment | extra, cwd=tmp_path, timeout=120, check=False

@@ -258,7 +258,7 @@ BAD_REQUESTS = [
         "nothing to quantize; all tensors are kept: 14 --skip-first",
     ),
     (("--max-shard-size", "much"), BadSizeError, 2, "size 'much': write a number and a unit"),
-    (("--layout", "hf-fp8"), LayoutRefusesError, 2, "layout hf-fp8: nf4 has no layout hf-fp8; it has surogate"),
+    (("--layout", "hf-fp8"), LayoutRefusesError, 2, "layout hf-fp8: it doesn't store nf4; use surogate"),
     (
         ("--scaling", "tensor"),
         UsageError,
@@ -289,14 +289,14 @@ def test_bad_requests(source, out, arguments, error, code, message, monkeypatch)
     [
         (("fp8", "--scaling", "block", "--layout", "compressed-tensors"), "use --layout hf-fp8"),
         (("fp8", "--layout", "hf-fp8"), "use --layout compressed-tensors"),
-        (("fp4", "--layout", "surogate"), "fp4 has no layout surogate; it has compressed-tensors"),
+        (("fp4", "--layout", "surogate"), "it doesn't store fp4; use compressed-tensors"),
         (
             ("fp4", "--block-size", "64"),
             "fp4 has no parameter --block-size; it has --2d/--1d, --four-over-six/--no-four-over-six, ",
         ),
         (("fp8", "--no-double-quant"), "fp8 has no parameter --double-quant/--no-double-quant; it has --scaling\n"),
         (("fp8", "--double-quant"), "fp8 has no parameter --double-quant/--no-double-quant; it has --scaling\n"),
-        (("fp8", "--layout", "bitsandbytes"), "layout bitsandbytes: fp8 has no layout bitsandbytes; it has compressed"),
+        (("fp8", "--layout", "bitsandbytes"), "layout bitsandbytes: it doesn't store fp8; use compressed"),
     ],
 )
 def test_refused_pairs(source, out, arguments, message):

@@ -1,5 +1,6 @@
-"""The examples, each as a program of its own, on a tiny model with a real tokenizer."""
+"""The examples, on a tiny model with a real tokenizer."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -39,31 +40,40 @@ def base(smollm2_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["plain_loop", "trainer", "sft"])
-def test_an_example_trains_and_saves(base, text, tmp_path, name):
+def test_an_example_trains_and_saves(base, text, tmp_path, monkeypatch, name):
     if name == "sft" and find_spec("trl") is None:
         pytest.skip("trl needs Python 3.11")
-    command = [sys.executable, EXAMPLES / f"{name}.py", base, text]
-    trained_adapter(command, base, tmp_path)
+    run_here(name, base, text, tmp_path, monkeypatch)
+    assert_trained(base, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_an_example_trains_on_two_ranks(base, text, tmp_path, name):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    trained_adapter([*launcher, EXAMPLES / f"{name}.py", base, text], base, tmp_path)
+    command = [*launcher, EXAMPLES / f"{name}.py", base, text]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert_trained(base, tmp_path)
 
 
-def test_the_example_of_experts(smollm2_dir, text, tmp_path):
+def test_the_example_of_experts(smollm2_dir, text, tmp_path, monkeypatch):
     model = dense_model("qwen3", torch.float32, **SIZES)
     mixture = write_artifact(ByExpert(model), tmp_path, KINDS["nf4"], keep=ROUTERS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(smollm2_dir / name, mixture / name)
-    trained_adapter([sys.executable, EXAMPLES / "moe.py", mixture, text], mixture, tmp_path, 6)
+    run_here("moe", mixture, text, tmp_path, monkeypatch)
+    assert_trained(mixture, tmp_path, 6)
 
 
-def trained_adapter(command, base, tmp_path, matrices=14):
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    model = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
+def run_here(name, artifact, text, folder, monkeypatch):
+    """Runs an example in this process, which has imported what takes a program seconds."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", str(artifact), str(text)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def assert_trained(base, folder, matrices=14):
+    model = peft.PeftModel.from_pretrained(load_model(base), folder / "adapter")
     trained = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert len(trained) == matrices
     assert all(parameter.abs().max() > 0 for parameter in trained)

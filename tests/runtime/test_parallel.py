@@ -28,7 +28,6 @@ from surogate_load import open_artifact
 from surogate_load.parallel.byte_rows import byte_rows
 from surogate_load.parallel.integer_parameters import let_take_integers
 
-pytestmark = pytest.mark.xdist_group("ranks")  # or each worker would start the ranks
 RANKS = 2
 CLOSE = 1e-5
 """The order of fp32 sums differs."""

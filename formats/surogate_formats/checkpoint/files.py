@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -21,6 +22,8 @@ _SEEKING = threading.Lock()
 
 def unreadable(where: str, error: OSError) -> UnreadableFileError:
     """The error for what the operating system refuses."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return UnreadableFileError(f"{where}: too many files are open; raise the limit, as by `ulimit -n 4096`")
     return UnreadableFileError(f"{where}: cannot be read: {error.strerror}; check its permissions and the disk")
 
 

@@ -86,7 +86,7 @@ def settle(name: str, parameters: Mapping[str, Any], layout: str | None = None) 
         if refusal is None:
             return fmt, candidate
         foreign = name not in candidate.suffixes
-        others = f"; it has {_layouts_of(name)}" if foreign else ""
+        others = f"; use {_layouts_of(name)}" if foreign else ""
         refusals.append((foreign, f"layout {candidate.name}: {refusal}{others}"))
     raise LayoutRefusesError(min(refusals)[1])
 

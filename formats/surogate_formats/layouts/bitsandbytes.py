@@ -66,7 +66,7 @@ class BitsandbytesLayout:
     def refusal(self, fmt: Format) -> str | None:
         """Its readers know one double quantization, which isn't the specification's."""
         if not isinstance(fmt, NF4):
-            return f"{fmt.name} has no layout bitsandbytes"
+            return f"it doesn't store {fmt.name}"
         if fmt.double_quant == "affine":
             return "bitsandbytes doesn't know affine double quantization: use `layout='surogate'`"
         return None

@@ -49,7 +49,7 @@ class CompressedTensorsLayout:
     def refusal(self, fmt: Format) -> str | None:
         """FP8 tiles load in neither transformers' nor vLLM's weight-only path; scales must be exact in bfloat16."""
         if fmt.name not in self.suffixes:
-            return f"{fmt.name} has no layout compressed-tensors"
+            return f"it doesn't store {fmt.name}"
         if isinstance(fmt, FP8) and fmt.scaling == "block":
             return "vLLM fails on weight-only FP8 tiles in compressed-tensors: use `layout='hf-fp8'`"
         if isinstance(fmt, FP8) and fmt.scale_dtype != "bfloat16":

@@ -26,7 +26,7 @@ class HfFp8Layout:
     def refusal(self, fmt: Format) -> str | None:
         """Only tiles: vLLM doesn't know the other scalings under these names."""
         if not isinstance(fmt, FP8):
-            return f"{fmt.name} has no layout hf-fp8"
+            return f"it doesn't store {fmt.name}"
         if fmt.scaling != "block":
             return f"vLLM can't read FP8 by {fmt.scaling} in hf-fp8: use `layout='compressed-tensors'`"
         if fmt.scale_dtype != "float32":

@@ -63,7 +63,7 @@ class ModelOptLayout:
     def refusal(self, fmt: Format) -> str | None:
         """The global scale must be exact both ways; FP8 has one scale a tensor, in float32."""
         if fmt.name not in self.suffixes:
-            return f"{fmt.name} has no layout modelopt"
+            return f"it doesn't store {fmt.name}"
         if isinstance(fmt, NVFP4) and fmt.step != "multiply":
             return "modelopt stores a global scale that multiplies: `step` must be multiply"
         if isinstance(fmt, NVFP4) and fmt.global_scale != "pow2":

@@ -49,7 +49,7 @@ class SurogateLayout:
     def refusal(self, fmt: Format) -> str | None:
         """Double quantization as bitsandbytes does it has a place among its own names only."""
         if not isinstance(fmt, NF4):
-            return f"{fmt.name} has no layout surogate"
+            return f"it doesn't store {fmt.name}"
         if fmt.double_quant == "dynamic":
             return "dynamic double quantization is bitsandbytes': use `layout='bitsandbytes'`"
         return None

@@ -22,7 +22,7 @@ from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_quantize.bands import MIB, MemoryBudgetError, in_words
 from surogate_quantize.calibration.adapter import ALPHA, write_adapter
 from surogate_quantize.calibration.block_pass import BlockPass, streams_of
-from surogate_quantize.calibration.estimate import Work
+from surogate_quantize.calibration.estimate import PassSize
 from surogate_quantize.calibration.saving import save
 from surogate_quantize.calibration.store import SolvedBlocks
 from surogate_quantize.calibration.streams import Streams
@@ -155,7 +155,7 @@ class Calibration:
         """How long the whole pass takes, about."""
         options = self._plan.options
         solves = ROUNDS if self._options.adapter_joint else 1
-        return Work(
+        return PassSize(
             shapes=tuple(tensor.info.shape for tensor in self._tensors.values()),
             blocks=self._runner.count,
             tokens=self._tokens,

@@ -34,7 +34,7 @@ WRITING = 0.5
 
 
 @dataclass(frozen=True)
-class Work:
+class PassSize:
     """What a pass will do.
 
     Attributes:
