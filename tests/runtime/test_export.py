@@ -1,19 +1,19 @@
 """Dense checkpoints made of artifacts: what plain transformers and PEFT make of them is what the packed model says."""
 
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from runtime.layers import KINDS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from surogate_formats.errors import UsageError
 from surogate_load import load_model
+from surogate_load.cli import main
 from surogate_load.errors import (
     ExportExistsError,
     ExportFailedError,
@@ -193,15 +193,12 @@ def test_errors_of_the_user(artifact, tmp_path):
 def test_commands(artifact, tmp_path):
     path = artifact("nf4")
     adapted(path, tmp_path / "adapter", {})
-    command = [sys.executable, "-m", "surogate_load"]
     for arguments in (["dequantize", path], ["merge", path, tmp_path / "adapter"]):
         out = tmp_path / arguments[0]
-        ran = subprocess.run([*command, *arguments, "--out", out], capture_output=True, text=True, check=True)
-        assert ran.stdout == f"{out}\n"
-    again = subprocess.run(
-        [*command, "dequantize", path, "--out", tmp_path / "merge"], capture_output=True, text=True, check=False
-    )
-    assert (again.returncode, again.stdout) == (2, "")
+        ran = CliRunner().invoke(main, [*map(str, arguments), "--out", str(out)])
+        assert (ran.exit_code, ran.stdout) == (0, f"{out}\n")
+    again = CliRunner().invoke(main, ["dequantize", str(path), "--out", str(tmp_path / "merge")])
+    assert (again.exit_code, again.stdout) == (2, "")
     assert again.stderr.splitlines()[-1].startswith("Error: ")
 
 
