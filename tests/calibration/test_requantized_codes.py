@@ -37,8 +37,10 @@ def run(made, out, *arguments):
     return CliRunner().invoke(main, words)
 
 
-def test_on_the_same_text_as_the_quantizer_would(made, tmp_path):
+def test_on_the_same_text_as_the_quantizer_would(made, tmp_path, monkeypatch):
     packed, adapter, text, settings = made
+    torch.set_num_threads(1)  # with as many as the quantizer's own process: sums depend on it
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     done = run(made, tmp_path / "again", "--requantize", "--calibration-text", text)
     assert done.exit_code == 0, done.stderr
     assert "calibrated; on " in done.stdout
