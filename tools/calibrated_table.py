@@ -26,8 +26,9 @@ from peak_memory import PeakMemory
 from surogate_formats.codes_in_words import HELD_OUT
 from surogate_load import load_model
 from surogate_load.divergence import kl_and_perplexity, reference_logprobs
+from surogate_load.tokenizer import load_tokenizer
 from surogate_quantize import make_options, quantize
-from surogate_quantize.calibration.text import load_tokenizer, written_rows
+from surogate_quantize.calibration.text import written_rows
 from surogate_quantize.calibration_options import ROW, CalibrationOptions
 
 FORMATS = {

@@ -106,7 +106,7 @@ class UnreadableStateError(UsageError):
 
 
 class NoTokenizerError(UsageError):
-    """An artifact has no tokenizer that can be loaded, or none with a chat template."""
+    """A model has no tokenizer that can be loaded, or none with a chat template."""
 
 
 class ShardedWeightError(UsageError):

@@ -24,6 +24,7 @@ from surogate_load.local import open_local
 from surogate_load.lora_factors import NotPlainAdapterError, read_factors
 from surogate_load.model_tensors import PackedTensors
 from surogate_load.saved_adapter import check_saved, with_adapter
+from surogate_load.tokenizer import need_tokenizer
 
 INIT = "init"
 """Names the adapter that was made with the artifact."""
@@ -71,18 +72,16 @@ def evaluate_artifact(
 
     Raises:
         UnreadableTextError, ForeignTextError, TooShortTextError: the text can't be used.
-        UnreadableModelError: see the class.
+        NoTokenizerError, UnreadableModelError: see the classes.
         OtherVocabularyError: the artifact isn't made of that model.
         UnreadableAdapterError: there is no such adapter.
         Everything that `load_model` raises.
     """
     content = _read(text)
-    transformers = need_transformers()
+    need_transformers()
     if not Path(against).is_dir():
         raise UnreadableModelError(f"{against}: no such directory; give that of the dense model, with its tokenizer")
-    with _reading(against, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(against), local_files_only=True)
-    ids = windows(tokenizer(content, add_special_tokens=False)["input_ids"], context, count)
+    ids = windows(need_tokenizer(against)(content, add_special_tokens=False)["input_ids"], context, count)
     reached = reachable(device)
     with open_local(artifact) as opened, memory_errors(opened, reached):
         folder = opened.path / ADAPTER if adapter == INIT else adapter
@@ -118,7 +117,7 @@ def _evaluate_whole(
     _check_ids(ids, config.vocab_size, getattr(config, "max_position_embeddings", ids.shape[1]))
     if folder is not None:
         packed = with_adapter(packed, folder)
-    with _reading(against, "model"):
+    with _reading(against):
         dense: Any = model_class(dict(opened.config)).from_pretrained(str(against), dtype=dtype, local_files_only=True)
     return evaluate(packed, dense.to(device), ids)
 
@@ -133,11 +132,11 @@ def _check_ids(ids: Tensor, vocabulary: int, longest: int) -> None:
 
 
 @contextmanager
-def _reading(against: str | Path, what: str) -> Iterator[None]:
+def _reading(against: str | Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the tokenizers package raises no narrower class
-        raise UnreadableModelError(f"{against}: its {what} can't be loaded ({one_line(error)})") from error
+    except Exception as error:  # transformers raises no narrower class
+        raise UnreadableModelError(f"{against}: its model can't be loaded ({one_line(error)})") from error
 
 
 def _read(text: str | Path | None) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from surogate_load.architecture import need_transformers, one_line
+from surogate_load.architecture import need_transformers
 from surogate_load.errors import NoTokenizerError
 from surogate_load.loading import load_model
 from surogate_load.local import local_directory
 from surogate_load.saved_adapter import check_saved, with_adapter
+from surogate_load.tokenizer import need_tokenizer
 
 
 def generate(
@@ -48,12 +49,12 @@ def generate(
     """
     if adapter is not None:
         check_saved(adapter)
-    transformers = need_transformers()
+    need_transformers()
     directory = local_directory(artifact, revision, token)
-    model: Any = load_model(directory, "bf16", device)
-    tokenizer = _tokenizer(transformers, directory)
+    tokenizer = need_tokenizer(directory)
     if chat and not tokenizer.chat_template:
         raise NoTokenizerError(f"{artifact}: its tokenizer has no chat template; leave --chat out")
+    model: Any = load_model(directory, "bf16", device)
     if adapter is not None:
         model = with_adapter(model, adapter)
     given = _encode(tokenizer, prompt, bool(tokenizer.chat_template) if chat is None else chat).to(device)
@@ -68,13 +69,6 @@ def generate(
         )
     said: str = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
     return said
-
-
-def _tokenizer(transformers: Any, artifact: str | Path) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(str(artifact), local_files_only=True)
-    except Exception as error:  # the tokenizers package raises no narrower class
-        raise NoTokenizerError(f"{artifact}: its tokenizer can't be loaded ({one_line(error)})") from error
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

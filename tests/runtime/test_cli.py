@@ -186,12 +186,15 @@ def test_evaluate_against_what_can_not_be_loaded(artifact, tmp_path):
     text.write_text("abcdefgh" * 20)
     bare = tmp_path / "bare"
     shutil.copytree(artifact("nf4").parent / "dense", bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    broken = tmp_path / "broken"
+    broken, wrong = tmp_path / "broken", tmp_path / "wrong"
     write_tokenizer(broken)
+    shutil.copytree(bare, wrong)
+    (wrong / "tokenizer.json").write_text("{}")
     shutil.copy(bare / "config.json", broken)
     for against, message in (
         (tmp_path / "nowhere", "no such directory"),
-        (bare, "its tokenizer can't be loaded"),
+        (bare, "has no tokenizer; put its files beside config.json"),
+        (wrong, "its tokenizer can't be loaded"),
         (broken, "its model can't be loaded"),
     ):
         found = run("evaluate", artifact("nf4"), "--against", against, "--text", text, "--context", 16)

@@ -197,9 +197,11 @@ def test_commands(artifact, tmp_path):
         out = tmp_path / arguments[0]
         ran = CliRunner().invoke(main, [*map(str, arguments), "--out", str(out)])
         assert (ran.exit_code, ran.stdout) == (0, f"{out}\n")
-    again = CliRunner().invoke(main, ["dequantize", str(path), "--out", str(tmp_path / "merge")])
-    assert (again.exit_code, again.stdout) == (2, "")
-    assert again.stderr.splitlines()[-1].startswith("Error: ")
+    for taken, message in ((tmp_path / "merge", "exists already"), (path / "dense", "would stand inside the artifact")):
+        again = CliRunner().invoke(main, ["dequantize", str(path), "--out", str(taken)])
+        assert (again.exit_code, again.stdout) == (2, "")
+        assert again.stderr.splitlines()[-1].startswith(f"Error: {taken}: {message}")
+    assert not (path / "dense").exists()
 
 
 def test_an_adapter_of_another_base_is_said(artifact, tmp_path, caplog):

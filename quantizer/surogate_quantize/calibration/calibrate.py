@@ -19,6 +19,7 @@ from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.codes_in_words import HELD_OUT, WRITTEN
 from surogate_load.architecture import need_transformers, one_line
 from surogate_load.block_runner import BlockRunner, NoBlocksError
+from surogate_load.tokenizer import load_tokenizer
 from surogate_quantize.bands import MIB, MemoryBudgetError, in_words
 from surogate_quantize.calibration.adapter import ALPHA, write_adapter
 from surogate_quantize.calibration.block_pass import BlockPass, streams_of
@@ -30,7 +31,6 @@ from surogate_quantize.calibration.text import (
     CalibrationTextError,
     check_writes,
     file_sha256,
-    load_tokenizer,
     rows_of_file,
     written_rows,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from surogate_formats.errors import UsageError
-from surogate_load.architecture import need_transformers, one_line
+from surogate_load.architecture import one_line
 
 ROWS_AT_ONCE = 36
 """Rows that the model writes at a time."""
@@ -96,20 +96,6 @@ def check_writes(model: Any) -> None:
         raise CalibrationTextError(
             "the model's logits hold a NaN or an infinity, so it can't write its calibration text"
         )
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The model's tokenizer; None if it has none.
-
-    Raises:
-        CalibrationTextError: it can't be loaded.
-    """
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return None
-    try:
-        return need_transformers().AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # the tokenizers package raises no narrower class
-        raise CalibrationTextError(f"{directory}: its tokenizer can't be loaded ({one_line(error)})") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from surogate_formats.checkpoint.index import INDEX
 from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.dtypes import BITS
+from surogate_formats.manifest import MANIFEST_NAME
 from surogate_load.errors import ExportExistsError, ExportFailedError
 
 SHARD = 2 * 10**9
@@ -48,9 +49,11 @@ class DenseTensor:
 
 
 def check_absent(out: Path) -> None:
-    """Raises `ExportExistsError` if there is something where a directory is to be written."""
+    """Raises `ExportExistsError` if there is something where a directory is to be written, or an artifact around it."""
     if out.exists() or out.is_symlink():
         raise ExportExistsError(f"{out}: exists already; choose another directory")
+    if around := next((parent for parent in out.absolute().parents if (parent / MANIFEST_NAME).exists()), None):
+        raise ExportExistsError(f"{out}: would stand inside the artifact {around}; choose a directory beside it")
 
 
 @contextmanager
