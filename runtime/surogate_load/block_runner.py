@@ -104,6 +104,11 @@ class BlockRunner:
         finally:
             block.to("meta")
 
+    def keep_blocks_alone(self) -> None:
+        """Frees the weights that are of no block; nothing but `block`, `run` and `module` may be called after it."""
+        for name, tensor in list(self._model.named_parameters(remove_duplicate=False)):
+            assign(self._model, name, tensor.to("meta"))
+
     def module(self, name: str) -> nn.Module | None:
         """The module of a block by its full name, without its weights; None if there is none."""
         index, _, inner = name.removeprefix(f"{self.prefix}.").partition(".")

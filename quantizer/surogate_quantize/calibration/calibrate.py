@@ -218,6 +218,7 @@ class Calibration:
                 told(f"the text has {len(self._given)} rows of {self._length} tokens; {wanted} were asked for")
             for position in range(len(batches) if done == 0 else 0):
                 before.start(position, self._runner.embed(batches[position]))
+            self._runner.keep_blocks_alone()
             for index in range(done, self._runner.count):
                 told(f"calibrating block {index + 1} of {self._runner.count}")
                 after = border(index + 1)

@@ -7,11 +7,13 @@ target that undoes the error of the layers before it. It minimises tr((Q - W') H
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from surogate_quantize.calibration.grid import Blocks, Grid, rounded
+from surogate_quantize.calibration.replayed import Replayed
 
 CHUNK = 128
 """Columns that are rounded one by one before the rest is corrected by one matrix product."""
@@ -113,9 +115,9 @@ def solve(target: Tensor, grid: Grid, known: Statistics, sweeps: int = SWEEPS) -
     """
     scales = search_scales(target, grid, 1 / known.upper.diagonal()[known.order.argsort()] ** 2)
     values = _gptq(target, grid, scales, known)
-    hessian = known.hessian.float()
+    hessian, descend = known.hessian.float(), Replayed(partial(_descend_codes, grid))
     for _ in range(sweeps):
-        values, scales = _sweep(target, grid, values, scales, hessian)
+        values, scales = _sweep(target, grid, values, scales, hessian, descend)
     return Solved(values, scales)
 
 
@@ -146,22 +148,31 @@ def _gptq(target: Tensor, grid: Grid, scales: Tensor, known: Statistics) -> Tens
     left, scale = target[:, order].contiguous(), grid.blocks.expand(scales)[:, order].contiguous()
     values = torch.empty_like(left)
     count = left.shape[1]
+    rounding = Replayed(partial(_rounded_chunk, grid))
     for start in range(0, count, CHUNK):
-        end = min(start + CHUNK, count)
-        chunk, errors = left[:, start:end].T.contiguous(), torch.empty(end - start, len(left), device=left.device)
-        for column in range(end - start):
-            place = start + column
-            here = scale[:, place]
-            found = rounded(grid, chunk[column], here)
-            values[:, place] = found
-            errors[column] = (chunk[column] - found * here) / upper[place, place]
-            rest = upper[place, place + 1 : end]
-            chunk[column + 1 :].addr_(rest, errors[column], alpha=-1)
-        left[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
+        here, after = slice(start, min(start + CHUNK, count)), slice(min(start + CHUNK, count), count)
+        found, errors = rounding(left[:, here].T, scale[:, here].T, upper[here, here])
+        values[:, here] = found.T
+        left[:, after].addmm_(errors.T, upper[here, after], alpha=-1)
     return values[:, order.argsort()]
 
 
-def _sweep(target: Tensor, grid: Grid, values: Tensor, scales: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def _rounded_chunk(grid: Grid, left: Tensor, scale: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of codes and weighted errors, float32 [columns, N] both, of columns that take over each other's errors."""
+    chunk, scale = left.clone(memory_format=torch.contiguous_format), scale.contiguous()
+    values, errors = torch.empty_like(chunk), torch.empty_like(chunk)
+    for column in range(len(chunk)):
+        here = scale[column]
+        found = rounded(grid, chunk[column], here)
+        values[column] = found
+        errors[column] = (chunk[column] - found * here) / upper[column, column]
+        chunk[column + 1 :].addr_(upper[column, column + 1 :], errors[column], alpha=-1)
+    return values, errors
+
+
+def _sweep(
+    target: Tensor, grid: Grid, values: Tensor, scales: Tensor, hessian: Tensor, descend: Replayed
+) -> tuple[Tensor, Tensor]:
     """One pass of coordinate descent over all columns: in each chunk first the scales of its blocks, then its codes."""
     blocks, values, scales = grid.blocks, values.clone(), scales.clone()
     scale = blocks.expand(scales).contiguous()
@@ -177,7 +188,8 @@ def _sweep(target: Tensor, grid: Grid, values: Tensor, scales: Tensor, hessian: 
         local = gradient[:, columns].contiguous()
         if blocks.width <= CHUNK and blocks.height:
             _descend_scales(grid, values, scales, scale, local, hessian, columns)
-        _descend_codes(grid, values[:, columns], scale[:, columns], local, hessian[columns, columns])
+        (found,) = descend(values[:, columns].T, scale[:, columns].T, local.T, hessian[columns, columns])
+        values[:, columns] = found.T
         moved = values[:, columns] * scale[:, columns] - old
         gradient[:, columns.stop :] += moved @ hessian[columns, columns.stop :]
     return values, scales
@@ -207,12 +219,14 @@ def _improved(grid: Grid, values: Tensor, scales: Tensor, gradient: Tensor, prod
     return grid.legal(scales - torch.where(curvature > 0, step, 0), place)
 
 
-def _descend_codes(grid: Grid, values: Tensor, scale: Tensor, local: Tensor, inner: Tensor) -> None:
-    """Moves the codes of a chunk's columns one after the other, in place; `local` is its gradient."""
-    across = local.T.contiguous()
-    for column in range(values.shape[1]):
-        here = scale[:, column]
-        before = values[:, column] * here
+def _descend_codes(grid: Grid, values: Tensor, scale: Tensor, gradient: Tensor, inner: Tensor) -> tuple[Tensor]:
+    """The codes of columns moved one after the other, float32 [columns, N], as all but `inner` are."""
+    across, moved = (each.clone(memory_format=torch.contiguous_format) for each in (gradient, values))
+    scale = scale.contiguous()
+    for column in range(len(moved)):
+        here = scale[column]
+        before = moved[column] * here
         found = rounded(grid, before - across[column] / inner[column, column], here)
         across.addr_(inner[column], found * here - before)
-        values[:, column] = found
+        moved[column] = found
+    return (moved,)
