@@ -60,7 +60,7 @@ def evaluate_blocks(model: BlockRunner, reference: BlockRunner, ids: Tensor, ada
 def _behind_blocks(runner: BlockRunner, ids: Tensor, path: Path, adapter: Adapter) -> Iterator[Activations]:
     """The hidden states behind the last block, a window at a time, for as long as the block of code lasts."""
     first = runner.embed(ids[:1])
-    hidden = Activations(path, tuple(first.shape), len(ids), first.dtype)
+    hidden = Activations(path, tuple(first.shape), len(ids), first.dtype, runner.device)
     try:
         for position, window in enumerate(ids):
             hidden.write(position, runner.embed(window.unsqueeze(0)))

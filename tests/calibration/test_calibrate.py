@@ -18,6 +18,7 @@ from surogate_load.verification import verify_against
 from surogate_quantize import make_options, quantize
 from surogate_quantize.bands import MemoryBudgetError
 from surogate_quantize.calibration import store
+from surogate_quantize.calibration.block_pass import BlockPass
 from surogate_quantize.calibration.text import CalibrationTextError
 from surogate_quantize.calibration_options import CalibrationOptionsError
 from surogate_quantize.output_errors import DiskFullError
@@ -137,6 +138,14 @@ def test_a_pass_that_is_interrupted_goes_on(source, interrupted, tmp_path, block
     quantize(source, tmp_path / "out", options, told=said.append)
     again = [line for line in said if line.startswith("calibrating")]
     assert again == [f"calibrating block {n} of 2" for n in range(block, 3)]
+    assert same_but_for_the_name(tmp_path / "out", undisturbed)
+
+
+def test_inputs_that_are_found_anew_are_those_that_were_kept(source, interrupted, tmp_path, monkeypatch):
+    """As on a GPU."""
+    options, undisturbed, _ = interrupted
+    monkeypatch.setattr(BlockPass, "_keeps_inputs", False)
+    quantize(source, tmp_path / "out", options)
     assert same_but_for_the_name(tmp_path / "out", undisturbed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -11,11 +12,13 @@ from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_quantize.calibration.activations import Activations
 from surogate_quantize.calibration.inputs import original_inputs
 from surogate_quantize.calibration.observing import Linears, stages
+from surogate_quantize.calibration.originals import FoundInputs, OriginalInputs
 from surogate_quantize.calibration.streams import (
     ADAPTED,
     ORIGINAL,
     QUANTIZED,
     Follower,
+    Run,
     Streams,
     observed,
 )
@@ -79,22 +82,35 @@ class BlockPass:
 
             order = stages(linears, lambda: run(before[ORIGINAL].read(0)))
             leaders = [stage[0] for stage in order]
-            seen = observed(leaders, linears, run, before[ORIGINAL], after[ORIGINAL], self._folder)
+            seen = self._originals(leaders, linears, run, before[ORIGINAL], after[ORIGINAL])
             followers = {name: Follower(run, linears, before[name]) for name in self.streams[1:]}
             found = SolvedBlock()
             for stage in order:
                 original = seen.pop(stage[0])
                 self._solve_stage(stage, followers, original, found)
-                original.close()
-                original.path.unlink()
+                original.forget()
             if missed := next((name for name in names if name not in found.parts), None):
                 raise NoBlocksError(f"{self._runner.name}: {missed} isn't used by its block; leave it out with `skip`")
             for name, follower in followers.items():
                 follower.advance(after[name])
         return found
 
+    @property
+    def _keeps_inputs(self) -> bool:
+        return self._runner.device.type == "cpu"
+
+    def _originals(
+        self, leaders: list[str], linears: Linears, run: Run, before: Activations, after: Activations
+    ) -> dict[str, OriginalInputs]:
+        """What the original gives to the leaders of stages; writes the hidden states behind it."""
+        if self._keeps_inputs:
+            return dict(observed(leaders, linears, run, before, after, self._folder))
+        block = Follower(run, linears, before)
+        block.advance(after)
+        return {leader: FoundInputs(partial(block.input, leader), before) for leader in leaders}
+
     def _solve_stage(
-        self, stage: list[str], followers: dict[str, Follower], original: Activations, found: SolvedBlock
+        self, stage: list[str], followers: dict[str, Follower], original: OriginalInputs, found: SolvedBlock
     ) -> None:
         rounded = {name: self._weights.rounded(name) for name in stage}
         values = {name: one.values for name, one in rounded.items()}
@@ -106,8 +122,7 @@ class BlockPass:
         if self._options.adapter_init is None:
             return
         follower = followers.get(ADAPTED)
-        device = self._runner.device
-        inputs = follower.inputs(stage[0], original) if follower else original_inputs(stage[0], original, device)
+        inputs = follower.inputs(stage[0], original) if follower else original_inputs(stage[0], original)
         for name, one in rounded.items():
             if self._options.calibration.adapter_joint:
                 adapted = self._weights.calibrate_and_adapt(name, one, inputs, found)

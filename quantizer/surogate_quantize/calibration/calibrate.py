@@ -208,7 +208,7 @@ class Calibration:
             first = self._runner.embed(batches[0])
 
             def border(index: int) -> Streams:
-                return Streams(folder, index, block_pass.streams, tuple(first.shape), len(batches))
+                return Streams(folder, index, block_pass.streams, tuple(first.shape), len(batches), self._runner.device)
 
             before = border(done)
             if done and done < self._runner.count and not before.whole:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surogate_formats.errors import SurogateError
-from surogate_quantize.calibration.activations import Activations
+from surogate_quantize.calibration.originals import OriginalInputs
 from surogate_quantize.calibration.solver import Statistics, damp, prepared
 
 
@@ -93,7 +93,7 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
     return more.double() if total is None else total.add_(more)
 
 
-def original_inputs(leader: str, original: Activations, device: torch.device) -> Inputs:
+def original_inputs(leader: str, original: OriginalInputs) -> Inputs:
     """What a stage is given by the original model."""
-    batches = (batch.flatten(0, -2).to(device) for batch in original)
+    batches = (original.read(index).flatten(0, -2) for index in range(original.count))
     return summed(leader, ((x, x) for x in batches), original.count)

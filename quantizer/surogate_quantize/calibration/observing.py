@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from surogate_load.block_runner import NoBlocksError
+
 Linears = Mapping[str, nn.Linear]
 """The linears of a block by the full names of their modules, as the plan has them."""
 
@@ -56,7 +58,14 @@ def input_of(linears: Linears, leader: str, run: Callable[[], object]) -> Tensor
 
     with _before({leader: linears[leader]}, stop), suppress(_ReachedError):
         run()
+    if not reached:
+        raise unused(leader)
     return reached[0]
+
+
+def unused(leader: str) -> NoBlocksError:
+    """The error for a linear that some text doesn't come to."""
+    return NoBlocksError(f"{leader}: isn't used for every text; leave it out with `skip`")
 
 
 @contextmanager

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from surogate_load.block_runner import NoBlocksError
 from surogate_quantize.calibration.activations import Activations
 from surogate_quantize.calibration.inputs import Inputs, summed
-from surogate_quantize.calibration.observing import Linears, input_of, inputs_of
+from surogate_quantize.calibration.observing import Linears, input_of, inputs_of, unused
+from surogate_quantize.calibration.originals import KeptInputs, OriginalInputs
 
 ORIGINAL, QUANTIZED, ADAPTED = "original", "quantized", "adapted"
 """Streams: of the original model, of the quantized one, and of that with its adapter."""
@@ -29,12 +30,21 @@ class Streams:
         names: of the streams.
         shape: of a batch.
         count: of batches.
+        device: where the model runs.
     """
 
-    def __init__(self, folder: Path, border: int, names: Iterable[str], shape: tuple[int, ...], count: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        border: int,
+        names: Iterable[str],
+        shape: tuple[int, ...],
+        count: int,
+        device: torch.device,
+    ) -> None:
         """Opens the files."""
         self.count = count
-        self._files = {name: Activations(folder / f"{border}.{name}", shape, count) for name in names}
+        self._files = {name: Activations(folder / f"{border}.{name}", shape, count, device=device) for name in names}
 
     def __getitem__(self, name: str) -> Activations:
         """A stream by its name."""
@@ -91,11 +101,15 @@ class Follower:
         for position, hidden in enumerate(self._stream):
             after.write(position, self.run(hidden))
 
-    def inputs(self, leader: str, original: Activations) -> Inputs:
+    def input(self, leader: str, hidden: Tensor) -> Tensor:
+        """What one of the linears is given, of hidden states before the block."""
+        return input_of(self._linears, leader, partial(self.run, hidden))
+
+    def inputs(self, leader: str, original: OriginalInputs) -> Inputs:
         """What a stage is given here, beside what the original gives it."""
 
         def pair(position: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            x = input_of(self._linears, leader, partial(self.run, hidden)).flatten(0, -2).float()
+            x = self.input(leader, hidden).flatten(0, -2).float()
             return x, original.read(position).flatten(0, -2).to(x)
 
         return summed(leader, (pair(*each) for each in enumerate(self._stream)), self._stream.count)
@@ -103,18 +117,18 @@ class Follower:
 
 def observed(
     leaders: list[str], linears: Linears, run: Run, before: Activations, after: Activations, folder: Path
-) -> dict[str, Activations]:
+) -> dict[str, KeptInputs]:
     """Runs the original block; returns what the leaders of its stages are given, and writes what comes out."""
-    kept: dict[str, Activations] = {}
+    kept: dict[str, KeptInputs] = {}
     with inputs_of(linears, leaders) as latest:
         for position, hidden in enumerate(before):
             latest.clear()
             after.write(position, run(hidden))
             for leader in leaders:
                 if leader not in latest:
-                    raise NoBlocksError(f"{leader}: isn't used for every text; leave it out with `skip`")
+                    raise unused(leader)
                 if leader not in kept:
                     path = folder / f"{leader}.inputs"
-                    kept[leader] = Activations(path, tuple(latest[leader].shape), before.count)
+                    kept[leader] = KeptInputs(path, tuple(latest[leader].shape), before.count)
                 kept[leader].write(position, latest[leader])
     return kept
