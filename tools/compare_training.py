@@ -27,7 +27,7 @@ from demo import quiet_libraries
 from surogate_load import load_model
 from surogate_quantize import make_options, quantize
 
-RANK, ALPHA, RATE, ROW, HELD_OUT, EVERY = 16, 32, 2e-4, 256, 16, 20
+RANK, ALPHA, RATE, ROW, HELD_OUT, EVERY = 16, 32, 2e-4, 128, 16, 40
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
