@@ -7,7 +7,13 @@ import os
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]
 
 from surogate_formats.checkpoint.errors import NotARegularFileError, TruncatedFileError, UnreadableFileError
 
@@ -15,6 +21,9 @@ from surogate_formats.checkpoint.errors import NotARegularFileError, TruncatedFi
 _FLAGS = os.O_RDONLY
 for _name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
     _FLAGS |= getattr(os, _name, 0)
+
+_OTHER_FILES = 256
+"""Files that a process has open beside those of a checkpoint, at most: its own, and libraries'."""
 
 _SEEKING = threading.Lock()
 """Held where the system has no read at an offset, and threads would move each other's position."""
@@ -32,6 +41,18 @@ def truncated(where: str, promised: int, size: int) -> TruncatedFileError:
     return TruncatedFileError(
         f"{where}: truncated: header promises {promised} bytes, file has {size}; download it again"
     )
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the process's own limit of open files, as far as it may, where `count` more would come near it."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):  # what is missing then is said when a file can't be opened
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def open_regular(path: str | Path, where: str, *, directory: int | None = None) -> int:

@@ -28,7 +28,7 @@ from surogate_formats.checkpoint.errors import (
     quoted,
 )
 from surogate_formats.checkpoint.expert_slices import ExpertSlice, slices_of
-from surogate_formats.checkpoint.files import read_at, unreadable
+from surogate_formats.checkpoint.files import allow_open_files, read_at, unreadable
 from surogate_formats.checkpoint.header import Header, read_open_header
 from surogate_formats.checkpoint.index import INDEX, MAX_INDEX_SIZE, check_agreement, find_shards
 from surogate_formats.checkpoint.quantized import is_quantized
@@ -91,6 +91,7 @@ class Checkpoint:
             self.unused = shards.unused
             self.config_bytes = _read_config(source)
             self.config = parse_object(self.config_bytes, source.show(CONFIG), strict=False)
+            allow_open_files(len(shards.names))
             self._descriptors = {name: _open_shard(source, name, opened) for name in shards.names}
             self._states = {name: _state(descriptor) for name, descriptor in self._descriptors.items()}
             self.headers = {
