@@ -41,6 +41,11 @@ CASES = [
     ("qwen3-moe", "fp8-block"),
 ]
 SKIPPED = {("llama", "fp8-tensor-skip"): ("fp8", {}), ("llama", "nf4-skip"): ("nf4", {}, "bitsandbytes")}
+CALIBRATED = {
+    ("llama", "nf4-calibrated"): ("nf4", {}, "bitsandbytes"),
+    ("llama", "fp4-calibrated"): ("fp4", {"two_d": False}),
+    ("llama", "fp8-calibrated"): ("fp8", {"scaling": "channel"}),
+}
 SMOLLM2 = ("fp4", "fp8-tensor", "nf4")
 
 
@@ -99,13 +104,19 @@ def test_tiny_models(tiny, tmp_path, subtests):
     for case, arguments in SKIPPED.items():
         skipping = make_options(*arguments, skip_first_layers=1, skip=("layers.1.mlp",))
         cases.append((case, tiny("llama"), KINDS["llama"].model, skipping))
+    text = tmp_path / "ids.jsonl"
+    text.write_text("".join(json.dumps({"input_ids": list(range(start, start + 400))}) + "\n" for start in range(3, 9)))
+    calibrating = {"codes": "calibrated", "calibration_text": str(text), "calibration_tokens": 600}
+    for case, arguments in CALIBRATED.items():
+        options = make_options(*arguments, skip_last_layers=1, **calibrating)
+        cases.append((case, tiny("llama"), KINDS["llama"].model, options))
     results = load_in_plain_transformers(tmp_path, cases)
     for case, result in results.items():
         with subtests.test("-".join(case)):
             assert_same(*result)
     with subtests.test("they differ from each other, else equality would show nothing"):
         dense = [logits for (kind, _), (_, logits, _) in results.items() if kind == "llama"]
-        assert len(dense) == len(FORMATS) + len(SKIPPED)
+        assert len(dense) == len(FORMATS) + len(SKIPPED) + len(CALIBRATED)
         assert all(not np.array_equal(a, b) for i, a in enumerate(dense) for b in dense[:i])
 
 
