@@ -83,7 +83,7 @@ def summed(leader: str, pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> I
         tokens += len(x)
     assert products is not None
     assert last is not None
-    if not all(torch.isfinite(total).all() for total in (products, cross) if total is not None):
+    if not all(torch.isfinite(values).all() for values in (products, cross, *last) if values is not None):
         raise NotFiniteError(f"{leader}: its inputs on the calibration text are not finite; use `codes='search'`")
     return Inputs(damp(products.div_(tokens)), None if cross is None else cross.div_(tokens), *last)
 
