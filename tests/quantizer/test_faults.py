@@ -17,7 +17,7 @@ from quantizer.checkpoints import contents, llama, write_checkpoint
 
 from surogate_formats.artifact import STAGING
 from surogate_formats.checkpoint.errors import ChangedFileError, TruncatedFileError, UnreadableFileError
-from surogate_quantize import engine, make_options, quantize, run, shard
+from surogate_quantize import engine, job, make_options, quantize, shard
 from surogate_quantize.bands import OutOfMemoryError
 from surogate_quantize.cli import main
 from surogate_quantize.output_errors import DiskFullError, OtherRunError, OutputNotWritableError
@@ -87,7 +87,7 @@ def test_a_disk_that_is_full_already(source, small_disk):
 
 def test_a_disk_that_fills_up_meanwhile(source, expected, small_disk, monkeypatch):
     """For real: somebody else takes the rest of a small file system, and gives it back."""
-    monkeypatch.setattr(run, "ROOM_EACH", 0)
+    monkeypatch.setattr(job, "ROOM_EACH", 0)
     out, filler = small_disk / "out", small_disk / "filler"
 
     def fill():
