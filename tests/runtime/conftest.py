@@ -26,9 +26,9 @@ def _small_and_quiet():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_compiler_cache(tmp_path_factory, worker_id):
+def _own_compiler_cache(tmp_path_factory):
     """On a GPU the compiler times its choices: a worker that reads another's may compile one layer in two ways."""
-    if torch.cuda.is_available() and worker_id != "master":
+    if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
