@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibrated_quality import make_texts
 from peak_memory import PeakMemory
-from surogate_formats.codes_in_words import HELD_OUT
+from surogate_formats.codes_in_words import CODES, HELD_OUT
 from surogate_load import load_model
 from surogate_load.divergence import kl_and_perplexity, reference_logprobs
 from surogate_load.tokenizer import load_tokenizer
@@ -41,7 +41,6 @@ FORMATS = {
 }
 """What stands in the table: format, its parameters and the layout (None: the format's first)."""
 
-CODES = ("nearest", "search", "calibrated")
 RANK = 16
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
+
+Codes = Literal["nearest", "search", "calibrated"]
+
+CODES: tuple[Codes, ...] = get_args(Codes)
+"""The ways in which codes and scales can be chosen."""
 
 WRITTEN = "written by the model"
 """What `calibration_text` is where no file was given."""

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from surogate_formats.codes_in_words import CODES
 from surogate_formats.errors import UsageError
-
-Codes = Literal["nearest", "search", "calibrated"]
-
-CODES: tuple[Codes, ...] = ("nearest", "search", "calibrated")
-"""How codes and scales are chosen."""
 
 ROW = 512
 """Tokens of a row of calibration text, where the model takes so many."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surogate_formats.codes_in_words import CODES
 from surogate_quantize.flags import as_flags
 from surogate_quantize.interruption import leaving, one_line_at_the_end
 from surogate_quantize.version import VERSION
@@ -41,9 +42,6 @@ FORMAT_PARAMETERS = {
 
 LAYOUTS = ("surogate", "compressed-tensors", "hf-fp8", "modelopt", "bitsandbytes")
 """Names of the layouts, written out so that `--help` need not import them."""
-
-CODES = ("nearest", "search", "calibrated")
-"""Those of `surogate_quantize.calibration_options`, for the same reason."""
 
 DEVICES = ("auto", "cpu", "cuda")
 """Those of `surogate_quantize.devices`, for the same reason."""

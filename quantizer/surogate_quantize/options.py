@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from surogate_formats.codes_in_words import Codes
 from surogate_formats.errors import UsageError
 from surogate_formats.format import Format
 from surogate_formats.layouts import FOR_EXPERTS, LAYOUTS, Layout, settle
 from surogate_formats.recipe import Recipe, check_compatible
 from surogate_formats.registry import make_format
 from surogate_formats.training_config import Lora, TrainingConfig
-from surogate_quantize.calibration_options import CalibrationOptions, Codes, settle_calibration
+from surogate_quantize.calibration_options import CalibrationOptions, settle_calibration
 from surogate_quantize.packed_heads import check_layout
 from surogate_quantize.skip_options import SkipOptions
 

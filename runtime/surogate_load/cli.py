@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from surogate_formats.codes_in_words import CODES
 from surogate_load.cli_options import DTYPE, OUT, REVISION, TOKEN, known_errors, on_the_hub, print_rows
 
 
@@ -136,7 +137,7 @@ def dequantize(artifact: str, out: str, dtype: str | None) -> None:
 @OUT
 @DTYPE
 @click.option("--requantize", is_flag=True, help="Pack the result as ARTIFACT is packed, and say what that lost.")
-@click.option("--codes", type=click.Choice(["nearest", "search", "calibrated"]), help="With --requantize: how codes "
+@click.option("--codes", type=click.Choice(CODES), help="With --requantize: how codes "
               "are chosen.  [default: as ARTIFACT's were]")  # fmt: skip
 @click.option("--calibration-text", metavar="FILE", type=click.Path(), help="With --requantize: text for calibrated "
               "codes.  [default: the merged model writes it]")  # fmt: skip

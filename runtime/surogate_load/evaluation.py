@@ -13,7 +13,7 @@ from torch import Tensor
 from surogate_formats.artifact import ADAPTER, Artifact
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.errors import CheckpointError, UsageError
-from surogate_load.architecture import model_class, need_transformers, one_line
+from surogate_load.architecture import model_class, one_line
 from surogate_load.block_evaluation import evaluate_blocks
 from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_load.device_choice import default_dtype, memory_errors, reachable
@@ -78,7 +78,6 @@ def evaluate_artifact(
         Everything that `load_model` raises.
     """
     content = _read(text)
-    need_transformers()
     if not Path(against).is_dir():
         raise UnreadableModelError(f"{against}: no such directory; give that of the dense model, with its tokenizer")
     ids = windows(need_tokenizer(against)(content, add_special_tokens=False)["input_ids"], context, count)
