@@ -1,10 +1,11 @@
 """Times loading a packed model beside quantizing it online from bf16 with bitsandbytes, in one run on one GPU.
 
 Weights are random, of a Qwen3 shape. Files are in the page cache, since they were just written. Each row is a process
-of its own, whose imports don't count.
+of its own, whose imports don't count: they are done before, for either row.
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -72,6 +73,8 @@ def _load(row: str, path: Path) -> tuple[float, float, float]:
     """(seconds, peak GB, resident GB) of the device."""
     import transformers
 
+    importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+    importlib.import_module("surogate_load.hf_quantizer" if row in PARAMETERS else "bitsandbytes")
     torch.zeros(1, device="cuda")
     if row in PARAMETERS:
         from surogate_load import load_model

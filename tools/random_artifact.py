@@ -56,6 +56,12 @@ QWEN3_30B_A3B = {
 EXPERT_ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """A parameter of transformers' fused experts to what stands of each expert in its place on disk."""
 
+Stored = tuple[dict[str, NDArray], dict[str, TensorRecord]]
+"""Packed tensors and the manifest's records by name."""
+
+SHARD_BYTES = 1 << 30
+"""What 4 GB of bfloat16 become as NF4."""
+
 TIED = ("0.6B", "1.7B", "4B")
 _STD = 0.02
 
@@ -92,7 +98,7 @@ def write_random_artifact(config: PretrainedConfig, fmt: Format, out: Path) -> P
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     weight_map, records = {}, {}
-    for number, (tensors, made) in enumerate(_packed(model, fmt, layout)):
+    for number, (tensors, made) in enumerate(_shards(_packed(model, fmt, layout))):
         shard = f"model-{number:05d}.safetensors"
         save_file(tensors, out / shard)
         weight_map.update(dict.fromkeys(tensors, shard))
@@ -121,9 +127,20 @@ def write_random_artifact(config: PretrainedConfig, fmt: Format, out: Path) -> P
     return out
 
 
-def _packed(
-    model: nn.Module, fmt: Format, layout: Layout
-) -> Iterator[tuple[dict[str, NDArray], dict[str, TensorRecord]]]:
+def _shards(weights: Iterator[Stored]) -> Iterator[Stored]:
+    """Several weights at a time, as many as make a file of some size."""
+    tensors, records = {}, {}
+    for more, made in weights:
+        tensors |= more
+        records |= made
+        if sum(array.nbytes for array in tensors.values()) >= SHARD_BYTES:
+            yield tensors, records
+            tensors, records = {}, {}
+    if tensors:
+        yield tensors, records
+
+
+def _packed(model: nn.Module, fmt: Format, layout: Layout) -> Iterator[Stored]:
     """The tensors and records of each parameter."""
     rng = np.random.default_rng(0)
     head = getattr(model, "lm_head", None)

@@ -6,7 +6,10 @@ which `nn.Module` goes by a generator a level, and once more for each question.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -18,7 +21,7 @@ class QuickWalks:
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """As transformers counts a model that isn't packed: the values of weights, without block and global scales."""
         modules = _modules(self)
-        parameters = [parameter for module in modules for parameter in module._parameters.values()]
+        parameters = _values_of("_parameters", modules)
         trained = [p is not None and p.requires_grad for p in parameters] if only_trainable else []
         question = (only_trainable, exclude_embeddings, list(map(id, parameters)), trained)
         known: tuple[Any, int] = self.__dict__.get("_known_count", (None, 0))
@@ -30,7 +33,7 @@ class QuickWalks:
     def train(self, mode: bool = True) -> Any:
         """As every module's `train`; does nothing where nothing would change."""
         modules: list[Any] = _modules(self)
-        settled = (not mode) not in [module.training for module in modules]
+        settled = (not mode) not in map(attrgetter("training"), modules)
         kinds: set[Any] = set(map(type, modules[1:]))
         if settled and not modules[0].use_kernels and all(kind.train in _plain() for kind in kinds):
             return self
@@ -71,13 +74,17 @@ def _modules(model: Any) -> list[nn.Module]:
     """Every module once, the model first; walked through anew where one of them has other children than it had."""
     below, children = model.__dict__.get("_known_modules", ((), None))
     modules = [model, *below]
-    found = [child for module in modules for child in module._modules.values()]
-    if found == children:
+    if _values_of("_modules", modules) == children:
         return modules
     modules = _walk(model)
-    children = [child for module in modules for child in module._modules.values()]
+    children = _values_of("_modules", modules)
     model.__dict__["_known_modules"] = modules[1:], children  # without itself: the last reference to a model frees it
     return modules
+
+
+def _values_of(dictionary: str, modules: Iterable[nn.Module]) -> list[Any]:
+    """All values of a dictionary that every module has, without a line of Python for each."""
+    return list(chain.from_iterable(map(dict.values, map(attrgetter(dictionary), modules))))
 
 
 def _walk(model: nn.Module) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -92,15 +92,21 @@ def _around(layer: nn.Module, call: Callable[..., Any], activation_memory: float
 
 @contextmanager
 def _configured(activation_memory: float) -> Iterator[None]:
-    """Settings while a layer is compiled; torch's own `patch` would take four times as long, at every call."""
-    before = functorch.activation_memory_budget, dynamo.recompile_limit
-    ranks = dynamo.optimize_ddp, dynamo.skip_fsdp_guards
-    functorch.activation_memory_budget = activation_memory
-    dynamo.recompile_limit = max(before[1], VARIANTS)
-    # A layer is too small to be cut at DDP's buckets, and layers under FSDP differ as they do without it.
-    dynamo.optimize_ddp, dynamo.skip_fsdp_guards = False, False
+    """Settings while a layer is compiled; what is as wanted isn't set, which takes microseconds at every call."""
+    wanted: list[tuple[Any, str, Any]] = [(functorch, "activation_memory_budget", activation_memory)]
+    wanted.append((dynamo, "recompile_limit", max(dynamo.recompile_limit, VARIANTS)))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A layer is too small to be cut at DDP's buckets, and layers under FSDP differ as they do without it.
+        wanted += [(dynamo, "optimize_ddp", False), (dynamo, "skip_fsdp_guards", False)]
+    before = [(module, name, getattr(module, name)) for module, name, _ in wanted]
+    changed = [index for index, (_, _, value) in enumerate(wanted) if value != before[index][-1]]
+    _set(wanted[index] for index in changed)
     try:
         yield
     finally:
-        functorch.activation_memory_budget, dynamo.recompile_limit = before
-        dynamo.optimize_ddp, dynamo.skip_fsdp_guards = ranks
+        _set(before[index] for index in changed)
+
+
+def _set(settings: Iterable[tuple[Any, str, Any]]) -> None:
+    for module, name, value in settings:
+        setattr(module, name, value)
