@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -71,6 +71,18 @@ def _experts(source: Checkpoint, made: Plan) -> list[str]:
                 "vLLM leaves them at random without an error; `skip='experts'` keeps them as they are"]  # fmt: skip
     danger = layout.expert_warnings.get(fmt.name)
     return [danger] if danger else []
+
+
+def starved_experts(tokens: Mapping[str, int]) -> list[str]:
+    """What is to be said of experts, by name, that were given so few tokens of the text that others had to help out."""
+    if not tokens:
+        return []
+    fewest = min(tokens, key=lambda name: tokens[name])
+    experts = f"{len(tokens)} experts were" if len(tokens) > 1 else "1 expert was"
+    return [
+        f"{experts} given fewer tokens of the calibration text than their weights have columns (the fewest, "
+        f"{tokens[fewest]}, {fewest}); the mean of all tokens stands in for the rest: more `calibration_tokens` help"
+    ]
 
 
 def _layers_missing(source: Checkpoint) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surogate_quantize.advice import Comparison, warnings_before
+from surogate_quantize.advice import Comparison, starved_experts, warnings_before
 from surogate_quantize.bands import DEFAULT_MAX_MEMORY, band_bytes, check_budget
 from surogate_quantize.beside_shards import write_rest
 from surogate_quantize.calibration.preparing import prepare_calibration
@@ -176,7 +176,7 @@ def quantize(
         device=job.engine.device,
         seconds=time.perf_counter() - started,
         carried=carried_names(job.sidecars),
-        advice=advice,
+        advice=[*advice, *starved_experts(solved.starved if solved else {})],
     )
 
 

@@ -29,7 +29,7 @@ class Recorder(nn.Module):
     def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         """Gives back what it was given."""
         if arguments:
-            raise NoBlocksError("its blocks take arguments without names; it can't be run block by block")
+            raise TypeError("its blocks take arguments without names")
         self.called, self.hidden, self.keywords = True, hidden_states, keywords
         return hidden_states
 

@@ -18,6 +18,7 @@ from surogate_formats.checkpoint import Checkpoint
 from surogate_load.architecture import one_line
 from surogate_load.block_calls import Answer, NoBlocksError, NotFiniteError, Recorder, equal
 from surogate_load.empty_model import assign, empty_model
+from surogate_load.experts.apart import ExpertsApart, names_in_model, put_apart
 from surogate_load.model_tensors import DenseTensors, ModelTensors
 
 __all__ = ["BlockRunner", "NoBlocksError", "NotFiniteError"]
@@ -25,6 +26,9 @@ __all__ = ["BlockRunner", "NoBlocksError", "NotFiniteError"]
 
 class BlockRunner:
     """A model whose blocks are loaded one at a time; everything else of it is in memory.
+
+    Experts whose weights stand in the checkpoint by themselves are linears by themselves here, too. Modules are named
+    as in the checkpoint.
 
     Args:
         tensors: of the model, or the dense checkpoint that holds them.
@@ -50,12 +54,16 @@ class BlockRunner:
         self.device, self._dtype = torch.device(device), dtype
         self._model = empty_model(self._tensors, dtype)
         self.name = type(self._model).__name__
+        put_apart(self._model, self._tensors.names)
+        self._on_disk = names_in_model(self._model, self._tensors.names)
+        self._in_model = {stored: name for name, stored in self._on_disk.items()}
         self.prefix, self._blocks = self._find_blocks()
         self.count = len(self._blocks)
         self.width: int = self._model.get_input_embeddings().weight.shape[1]
         self.vocabulary: int = self._model.get_input_embeddings().weight.shape[0]
         self.longest: int = getattr(self._model.config.get_text_config(), "max_position_embeddings", 1 << 30)
         self._empty = list(self._blocks)
+        self._shares = self._shares_of_experts()
         self._calls: list[dict[str, Any]] = []
         self._shape: tuple[int, ...] = ()
         self._fill(self._model, "", skip=f"{self.prefix}.")
@@ -91,7 +99,7 @@ class BlockRunner:
         """Raises `NoBlocksError` unless the files hold every tensor of every block, in the model's shape."""
         for index, block in enumerate(self._empty):
             for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
-                self._check(f"{self.prefix}.{index}.{name}", tensor)
+                self._check(self._stored(f"{self.prefix}.{index}.{name}"), tensor)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -111,11 +119,16 @@ class BlockRunner:
 
     def module(self, name: str) -> nn.Module | None:
         """The module of a block by its full name, without its weights; None if there is none."""
-        index, _, inner = name.removeprefix(f"{self.prefix}.").partition(".")
+        known = self._in_model.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+        index, _, inner = known.removeprefix(f"{self.prefix}.").partition(".")
         try:
             return self._empty[int(index)].get_submodule(inner)
         except (AttributeError, IndexError, ValueError):
             return None
+
+    def share(self, name: str) -> float:
+        """The part of all tokens that a block's linear multiplies, about: less than 1 for an expert's alone."""
+        return self._shares.get(id(self.module(name)), 1.0)
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
@@ -186,7 +199,7 @@ class BlockRunner:
         """Gives a module's parameters and buffers their values from the checkpoint, in the runner's dtype."""
         tied = getattr(self._model, "all_tied_weights_keys", {}) if not prefix else {}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            full = prefix + name
+            full = self._stored(prefix + name)
             if skip is not None and full.startswith(skip):
                 continue
             if full in self._tensors.names or name not in tied:
@@ -195,6 +208,14 @@ class BlockRunner:
                 assign(module, name, self._tensors.read(full, self.device, self._dtype))
         if not prefix:
             self._model.tie_weights()
+
+    def _shares_of_experts(self) -> dict[int, float]:
+        chosen: int = getattr(self._model.config.get_text_config(), "num_experts_per_tok", 1)
+        experts = [each for block in self._empty for each in block.modules() if isinstance(each, ExpertsApart)]
+        return {id(linear): chosen / each.count for each in experts for linear in each.modules()}
+
+    def _stored(self, name: str) -> str:
+        return self._on_disk.get(name, name)
 
     def _check(self, name: str, like: Tensor) -> None:
         if name in self._tensors.names:

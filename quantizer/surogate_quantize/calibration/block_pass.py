@@ -10,9 +10,10 @@ from torch import Tensor
 
 from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_quantize.calibration.activations import Activations
+from surogate_quantize.calibration.expert_pass import BlockExperts, ExpertPass, block_experts
 from surogate_quantize.calibration.inputs import original_inputs
-from surogate_quantize.calibration.observing import Linears, stages
-from surogate_quantize.calibration.originals import FoundInputs, OriginalInputs
+from surogate_quantize.calibration.observing import Linears, Watched, choices_of, stages
+from surogate_quantize.calibration.originals import FoundInputs, KeptInputs, OriginalInputs
 from surogate_quantize.calibration.streams import (
     ADAPTED,
     ORIGINAL,
@@ -20,6 +21,7 @@ from surogate_quantize.calibration.streams import (
     Follower,
     Run,
     Streams,
+    kept_inputs,
     observed,
 )
 from surogate_quantize.calibration.weight_pass import SolvedBlock, WeightPass
@@ -75,21 +77,32 @@ class BlockPass:
         prefix = f"{self._runner.prefix}.{index}."
         with self._runner.block(index) as block:
             names = [name for name in self._tensors if name.startswith(prefix)]
-            linears: Linears = {name: block.get_submodule(name.removeprefix(prefix)) for name in names}  # type: ignore[misc]
+            linears: Linears = {name: self._runner.module(name) for name in names}  # type: ignore[misc]
+            experts = block_experts(block, linears)
+            watched: Watched = {name: linear for name, linear in linears.items() if not (experts and name in experts)}
+            if experts and self._options.codes == "calibrated":
+                watched = {**watched, experts.name: experts.module}
 
             def run(hidden: Tensor) -> Tensor:
                 return self._runner.run(index, block, hidden)
 
-            order = stages(linears, lambda: run(before[ORIGINAL].read(0)))
+            order = stages(watched, lambda: run(before[ORIGINAL].read(0)))
             leaders = [stage[0] for stage in order]
-            seen = self._originals(leaders, linears, run, before[ORIGINAL], after[ORIGINAL])
-            followers = {name: Follower(run, linears, before[name]) for name in self.streams[1:]}
+            with choices_of(experts.module if experts else None) as choices:
+                seen = self._originals(leaders, linears, watched, run, before[ORIGINAL], after[ORIGINAL])
+            followers = {name: Follower(run, linears, watched, before[name]) for name in self.streams[1:]}
             found = SolvedBlock()
             for stage in order:
                 original = seen.pop(stage[0])
-                self._solve_stage(stage, followers, original, found)
+                if experts and stage[0] == experts.name:
+                    self._solve_experts(experts, followers, original, choices, found)
+                else:
+                    self._solve_stage(stage, followers, original, found)
                 original.forget()
-            if missed := next((name for name in names if name not in found.parts), None):
+            wanted = [name for name in watched if name in linears] + list(
+                experts.planned if experts and followers else ()
+            )
+            if missed := next((name for name in wanted if name not in found.parts), None):
                 raise NoBlocksError(f"{self._runner.name}: {missed} isn't used by its block; leave it out with `skip`")
             for name, follower in followers.items():
                 follower.advance(after[name])
@@ -100,14 +113,34 @@ class BlockPass:
         return self._runner.device.type == "cpu"
 
     def _originals(
-        self, leaders: list[str], linears: Linears, run: Run, before: Activations, after: Activations
+        self, leaders: list[str], linears: Linears, watched: Watched, run: Run, before: Activations, after: Activations
     ) -> dict[str, OriginalInputs]:
         """What the original gives to the leaders of stages; writes the hidden states behind it."""
         if self._keeps_inputs:
-            return dict(observed(leaders, linears, run, before, after, self._folder))
-        block = Follower(run, linears, before)
+            return dict(observed(leaders, watched, run, before, after, self._folder))
+        block = Follower(run, linears, watched, before)
         block.advance(after)
         return {leader: FoundInputs(partial(block.input, leader), before) for leader in leaders}
+
+    def _solve_experts(
+        self,
+        experts: BlockExperts,
+        followers: Mapping[str, Follower],
+        original: OriginalInputs,
+        choices: list[Tensor],
+        found: SolvedBlock,
+    ) -> None:
+        """Their adapters are none: PEFT's for experts have another form."""
+        leading, *others = followers.values()
+        followed = leading.all_inputs(experts.name, self._folder / f"{experts.name}.followed")
+        if isinstance(original, KeptInputs):
+            ExpertPass(experts, self._weights, [leading, *others], original, followed, choices, found).solve()
+        else:  # they are read for many experts in turn
+            batches = (original.read(position) for position in range(original.count))
+            kept = kept_inputs(self._folder / f"{experts.name}.inputs", batches, followed)
+            ExpertPass(experts, self._weights, [leading, *others], kept, followed, choices, found).solve()
+            kept.forget()
+        followed.forget()
 
     def _solve_stage(
         self, stage: list[str], followers: dict[str, Follower], original: OriginalInputs, found: SolvedBlock

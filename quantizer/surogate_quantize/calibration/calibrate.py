@@ -129,7 +129,8 @@ class Calibration:
         streams = 2 * 4 * tokens * hidden * len(streams_of(self._plan.options))
         block = next(iter(self._tensors)).removeprefix(f"{self._runner.prefix}.").partition(".")[0]
         here = [t for name, t in self._tensors.items() if name.startswith(f"{self._runner.prefix}.{block}.")]
-        inputs = 4 * tokens * sum(tensor.info.shape[1] for tensor in here)
+        own = [t.info.shape[1] for t in here if self._runner.share(t.module) == 1]
+        inputs = 4 * tokens * (sum(own) + (2 * hidden if len(own) < len(here) else 0))  # experts share theirs
         return streams + inputs + sum(tensor.stored_bytes for tensor in self._tensors.values())
 
     def _check_writer(self, max_memory: int) -> None:
@@ -157,6 +158,7 @@ class Calibration:
         solves = ROUNDS if self._options.adapter_joint else 1
         return PassSize(
             shapes=tuple(tensor.info.shape for tensor in self._tensors.values()),
+            shares=tuple(self._runner.share(module) for module in self._tensors),
             blocks=self._runner.count,
             tokens=self._tokens,
             row=self._length,
@@ -244,8 +246,8 @@ class Calibration:
         found = self._runner.module(module)
         if not isinstance(found, nn.Linear) or tuple(found.weight.shape) != tensor.info.shape:
             raise NoBlocksError(
-                f"{self._runner.name}: {module} is no linear of a decoder block; leave it out with `skip`, or use "
-                "`codes='nearest'`"
+                f"{self._runner.name}: {module} is no linear of a block, nor of an expert with tensors of its own; "
+                "leave it out with `skip`, or use `codes='nearest'`"
             )
 
     def _ids(self, folder: Path, told: Told) -> Tensor:

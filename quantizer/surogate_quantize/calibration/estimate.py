@@ -39,6 +39,7 @@ class PassSize:
 
     Attributes:
         shapes: [N, K] of each weight that is quantized.
+        shares: of the tokens, that each weight multiplies: an expert's few.
         blocks: of the model.
         tokens: of text.
         row: tokens of a row.
@@ -49,6 +50,7 @@ class PassSize:
     """
 
     shapes: tuple[tuple[int, ...], ...]
+    shares: tuple[float, ...]
     blocks: int
     tokens: int
     row: int
@@ -62,10 +64,12 @@ class PassSize:
         """Of the pass, as many as take the time of a float32 product's."""
         values = sum(rows * columns for rows, columns in self.shapes)
         runs = 1 + FOLLOWED * (self.streams - 1)
-        squares = LEADERS * sum(columns**2 for _, columns in self.shapes) * (2 * self.streams - 1)
+        used = sum(rows * columns * share for (rows, columns), share in zip(self.shapes, self.shares, strict=True))
+        columns = sum(columns**2 * share for (_, columns), share in zip(self.shapes, self.shares, strict=True))
+        squares = LEADERS * columns * (2 * self.streams - 1)
         spectra = sum(min(shape) ** 2 * max(shape) for shape in self.shapes)
         return (
-            2 * self.tokens * (values * runs + squares)
+            2 * self.tokens * (used * runs + squares)
             + EACH_VALUE * values * self.solves
             + EACH_SVD * spectra * self.adapts
             + 2 * self.tokens * self.written / WRITING

@@ -60,32 +60,70 @@ class Inputs:
         return float((self._x @ values.T - expected).norm()) / size if size else 0.0
 
 
-def summed(leader: str, pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> Inputs:
-    """The inputs of `count` batches.
+class Sums:
+    """What is known of the inputs of one stage, batch after batch.
 
     Args:
         leader: the linear that is named where they are not finite.
-        pairs: a stream's, float32 [tokens, K], and the original's, the same tensor where they are that.
-        count: of batches; the last is held out.
+
+    Attributes:
+        tokens: how many there were.
+    """
+
+    def __init__(self, leader: str) -> None:
+        """None yet."""
+        self.tokens = 0
+        self._leader = leader
+        self._products: Tensor | None = None
+        self._cross: Tensor | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def add(self, x: Tensor, wanted: Tensor) -> None:
+        """A stream's, float32 [tokens, K], and the original's, the same tensor where they are that."""
+        self._products = _added(self._products, x.T @ x)
+        if wanted is not x:
+            self._cross = _added(self._cross, (wanted - x).T @ x)
+        self.tokens += len(x)
+
+    def hold_out(self, x: Tensor, wanted: Tensor) -> None:
+        """As `add`, of the batch that is held out."""
+        self._held = x, wanted
+
+    def fill(self, others: Sums, floor: int) -> None:
+        """Makes up for tokens that are missing to a number by so many times the mean of others."""
+        share = (floor - self.tokens) / others.tokens
+        if share > 0:
+            assert others._products is not None
+            self._products = _added(self._products, others._products * share)
+            if others._cross is not None:
+                self._cross = _added(self._cross, others._cross * share)
+            self.tokens = floor
+
+    def inputs(self) -> Inputs:
+        """What they say; `NotFiniteError` where they are not finite. Takes the sums over."""
+        products, cross, held = self._products, self._cross, self._held
+        assert products is not None
+        assert held is not None
+        if not all(torch.isfinite(values).all() for values in (products, cross, *held) if values is not None):
+            raise NotFiniteError(
+                f"{self._leader}: its inputs on the calibration text are not finite; use `codes='search'`"
+            )
+        return Inputs(damp(products.div_(self.tokens)), None if cross is None else cross.div_(self.tokens), *held)
+
+
+def summed(leader: str, pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> Inputs:
+    """The inputs of `count` batches, each as `Sums.add` takes it; the last is held out, if there are two or more.
 
     Raises:
         NotFiniteError: see the class.
     """
-    products, cross, last = None, None, None
-    tokens = 0
-    for position, (x, wanted) in enumerate(pairs):
-        last = x, wanted
+    sums = Sums(leader)
+    for position, pair in enumerate(pairs):
+        sums.hold_out(*pair)
         if position and position == count - 1:
             break
-        products = _added(products, x.T @ x)
-        if wanted is not x:
-            cross = _added(cross, (wanted - x).T @ x)
-        tokens += len(x)
-    assert products is not None
-    assert last is not None
-    if not all(torch.isfinite(values).all() for values in (products, cross, *last) if values is not None):
-        raise NotFiniteError(f"{leader}: its inputs on the calibration text are not finite; use `codes='search'`")
-    return Inputs(damp(products.div_(tokens)), None if cross is None else cross.div_(tokens), *last)
+        sums.add(*pair)
+    return sums.inputs()
 
 
 def _added(total: Tensor | None, more: Tensor) -> Tensor:

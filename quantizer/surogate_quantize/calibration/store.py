@@ -20,7 +20,7 @@ from surogate_quantize.calibration.saving import save
 from surogate_quantize.calibration.weight_pass import SolvedBlock
 from surogate_quantize.syncing import replace_synced, sync_file
 
-_SEPARATOR, _ERRORS, _DIGEST = "|", "errors", "sha256"
+_SEPARATOR, _ERRORS, _STARVED, _DIGEST = "|", "errors", "starved", "sha256"
 
 
 class SolvedBlocks:
@@ -31,7 +31,7 @@ class SolvedBlocks:
         fmt: the format of all weights.
 
     Attributes:
-        errors: of each weight, by module, see `SolvedBlock`.
+        errors, starved: of all blocks, see `SolvedBlock`.
     """
 
     def __init__(self, folder: Path, fmt: Format) -> None:
@@ -39,6 +39,7 @@ class SolvedBlocks:
         self._folder, self._format = folder, fmt
         self._blocks: dict[str, int] = {}
         self.errors: dict[str, tuple[float, float]] = {}
+        self.starved: dict[str, int] = {}
 
     def put(self, index: int, solved: SolvedBlock) -> None:
         """Writes what was found for a block, so that it survives."""
@@ -52,7 +53,8 @@ class SolvedBlocks:
         }
         for module, (a, b) in solved.updates.items():
             tensors |= {f"{module}{_SEPARATOR}lora_A": a.cpu().numpy(), f"{module}{_SEPARATOR}lora_B": b.cpu().numpy()}
-        told = {_ERRORS: json.dumps(solved.errors, allow_nan=False), _DIGEST: _digest(tensors)}
+        told = {_ERRORS: json.dumps(solved.errors, allow_nan=False), _STARVED: json.dumps(solved.starved)}
+        told[_DIGEST] = _digest(tensors)
         save(save_file, tensors, part, told)
         sync_file(part)
         replace_synced(part, path)
@@ -74,6 +76,7 @@ class SolvedBlocks:
             for module, (before, after) in json.loads(told[_ERRORS]).items():
                 self._blocks[module] = index
                 self.errors[module] = (before, after)
+            self.starved.update(json.loads(told[_STARVED]))
 
     def parts(self, band: Band) -> Parts:
         """The parts of a band of a solved weight."""
@@ -89,12 +92,14 @@ class SolvedBlocks:
         return found
 
     def updates(self) -> dict[str, Factors]:
-        """The updates of all weights, by module, where an adapter was asked for."""
+        """The updates of all weights that have one, by module."""
         found: dict[str, Factors] = {}
         for module, index in self._blocks.items():
             with safe_open(self._path(index), "pt") as file:
-                a, b = (file.get_tensor(f"{module}{_SEPARATOR}lora_{letter}") for letter in "AB")
-            found[module] = (a, b)
+                names = [f"{module}{_SEPARATOR}lora_{letter}" for letter in "AB"]
+                if names[0] in file.keys():  # noqa: SIM118
+                    a, b = map(file.get_tensor, names)
+                    found[module] = (a, b)
         return found
 
     def _path(self, index: int) -> Path:

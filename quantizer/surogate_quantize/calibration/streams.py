@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surogate_quantize.calibration.activations import Activations
 from surogate_quantize.calibration.inputs import Inputs, summed
-from surogate_quantize.calibration.observing import Linears, input_of, inputs_of, unused
+from surogate_quantize.calibration.observing import Linears, Watched, input_of, inputs_of, unused
 from surogate_quantize.calibration.originals import KeptInputs, OriginalInputs
 
 ORIGINAL, QUANTIZED, ADAPTED = "original", "quantized", "adapted"
@@ -78,12 +78,13 @@ class Follower:
     Args:
         run: runs the block with the weights that its linears hold.
         linears: the block's, with the original weights.
+        watched: the block's, see `Watched`.
         stream: the hidden states before it.
     """
 
-    def __init__(self, run: Run, linears: Linears, stream: Activations) -> None:
+    def __init__(self, run: Run, linears: Linears, watched: Watched, stream: Activations) -> None:
         """Starts with the original weights."""
-        self._run, self._linears, self._stream = run, linears, stream
+        self._run, self._linears, self._watched, self._stream = run, linears, watched, stream
         self._weights: dict[str, Tensor] = {name: linear.weight.data for name, linear in linears.items()}
 
     def run(self, hidden: Tensor) -> Tensor:
@@ -102,8 +103,13 @@ class Follower:
             after.write(position, self.run(hidden))
 
     def input(self, leader: str, hidden: Tensor) -> Tensor:
-        """What one of the linears is given, of hidden states before the block."""
-        return input_of(self._linears, leader, partial(self.run, hidden))
+        """What one of the modules is given, of hidden states before the block."""
+        return input_of(self._watched, leader, partial(self.run, hidden))
+
+    def all_inputs(self, leader: str, path: Path) -> KeptInputs:
+        """The same of every batch, in a file."""
+        batches = (self.input(leader, hidden) for hidden in self._stream)
+        return kept_inputs(path, batches, self._stream)
 
     def inputs(self, leader: str, original: OriginalInputs) -> Inputs:
         """What a stage is given here, beside what the original gives it."""
@@ -115,12 +121,22 @@ class Follower:
         return summed(leader, (pair(*each) for each in enumerate(self._stream)), self._stream.count)
 
 
+def kept_inputs(path: Path, batches: Iterable[Tensor], stream: Activations) -> KeptInputs:
+    """A module's inputs, one batch for each of a stream's, in a file."""
+    kept: KeptInputs | None = None
+    for position, batch in enumerate(batches):
+        kept = kept or KeptInputs(path, tuple(batch.shape), stream.count, device=batch.device)
+        kept.write(position, batch)
+    assert kept is not None
+    return kept
+
+
 def observed(
-    leaders: list[str], linears: Linears, run: Run, before: Activations, after: Activations, folder: Path
+    leaders: list[str], watched: Watched, run: Run, before: Activations, after: Activations, folder: Path
 ) -> dict[str, KeptInputs]:
     """Runs the original block; returns what the leaders of its stages are given, and writes what comes out."""
     kept: dict[str, KeptInputs] = {}
-    with inputs_of(linears, leaders) as latest:
+    with inputs_of(watched, leaders) as latest:
         for position, hidden in enumerate(before):
             latest.clear()
             after.write(position, run(hidden))

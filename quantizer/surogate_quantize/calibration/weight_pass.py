@@ -32,11 +32,13 @@ class SolvedBlock:
         errors: of each weight, by module: the relative error of its output on held-out text, with codes that are
             nearest, and with those that were found and the adapter.
         updates: of each weight, by module, where an adapter is asked for.
+        starved: tokens that the original gives to an expert, by the expert's name, where those are too few.
     """
 
     parts: dict[str, Parts] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     updates: dict[str, Factors] = field(default_factory=dict)
+    starved: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

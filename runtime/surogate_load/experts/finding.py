@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from surogate_formats.checkpoint import TensorInfo
 from surogate_load.errors import PackedExpertsError
 from surogate_load.experts.module import DOWN, GATE_UP
 
@@ -47,19 +46,19 @@ class FoundExperts:
         return f"{self.stored}.{number}.{role}"
 
 
-def find_experts(model: nn.Module, infos: Mapping[str, TensorInfo], companion: str) -> dict[str, FoundExperts]:
-    """Full name in the model to the experts of each layer that has packed ones; what the files hold is not checked.
+def find_experts(model: nn.Module, names: Iterable[str], companion: str) -> dict[str, FoundExperts]:
+    """Full name in the model to the experts of each layer that has such weights; what the files hold is not checked.
 
     Args:
         model: a transformers model; its weights may still be missing.
-        infos: what the files hold.
-        companion: the ending of a tensor that every packed weight has, and no other.
+        names: of all tensors of the files.
+        companion: the ending of a tensor that every weight of the kind that is looked for has, and no other.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     state = {name for name, _ in model.named_parameters()}
     found: dict[str, FoundExperts] = {}
-    for name in infos:
+    for name in names:
         match = _WEIGHT.fullmatch(name.removesuffix(f".{companion}"))
         if match is None or not name.endswith(f".{companion}"):
             continue
@@ -90,6 +89,17 @@ def _fused(
     return None, renamed
 
 
+def is_known(experts: Any) -> bool:
+    """Whether a module of transformers' computes gate, up and down with its experts, and nothing else."""
+    known = {GATE_UP, DOWN, *((f"{GATE_UP}_bias", f"{DOWN}_bias") if getattr(experts, "has_bias", False) else ())}
+    return (
+        all(hasattr(experts, name) for name in ("is_transposed", "is_concatenated", "_apply_gate"))
+        and getattr(experts, "has_gate", True)
+        and not getattr(experts, "has_post_expert_norm", False)
+        and {name for name, _ in experts.named_parameters()} == known
+    )
+
+
 def check_whole(found: FoundExperts, experts: Any) -> None:
     """Raises `PackedExpertsError` where a module of transformers' can't be replaced by packed experts.
 
@@ -97,13 +107,7 @@ def check_whole(found: FoundExperts, experts: Any) -> None:
         found: what the files hold for it.
         experts: the module.
     """
-    known = {GATE_UP, DOWN, *((f"{GATE_UP}_bias", f"{DOWN}_bias") if getattr(experts, "has_bias", False) else ())}
-    if (
-        not all(hasattr(experts, name) for name in ("is_transposed", "is_concatenated", "_apply_gate"))
-        or not getattr(experts, "has_gate", True)
-        or getattr(experts, "has_post_expert_norm", False)
-        or {name for name, _ in experts.named_parameters()} != known
-    ):
+    if not is_known(experts):
         raise PackedExpertsError(
             f"{found.stored} are packed, and {type(experts).__name__} computes with its experts in a way that we don't "
             f"know; {_AGAIN}"

@@ -1,0 +1,154 @@
+"""The calibrated pass over the experts of a block: each is solved for the tokens that the original gives to it.
+
+The experts of a quantized stream are given the same tokens, so that what an expert sees there can be compared with what
+it sees in the original; a router's choice for them may differ by little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surogate_load.experts.apart import ExpertsApart
+from surogate_quantize.calibration.inputs import Inputs, Sums
+from surogate_quantize.calibration.observing import Linears
+from surogate_quantize.calibration.originals import KeptInputs
+from surogate_quantize.calibration.streams import Follower
+from surogate_quantize.calibration.weight_pass import SolvedBlock, WeightPass
+
+SUMS_AT_A_TIME = 256 << 20
+"""Bytes of sums, two float64 [K, K] for each expert, for which all batches are read once."""
+
+
+@dataclass(frozen=True)
+class BlockExperts:
+    """The experts of a block.
+
+    Attributes:
+        name: full name of the experts in the checkpoint.
+        module: they themselves.
+        planned: full names of those of their weights that are quantized.
+    """
+
+    name: str
+    module: ExpertsApart
+    planned: frozenset[str]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a weight is one of theirs."""
+        return name.startswith(f"{self.name}.")
+
+    def names(self, number: int) -> list[str]:
+        """The full names of an expert's gate, up and down."""
+        return [f"{self.name}.{number}.{role}" for role in self.module.roles]
+
+
+def block_experts(block: nn.Module, linears: Linears) -> BlockExperts | None:
+    """The experts of a block whose weights are to be quantized; None if there are none."""
+    for module in block.modules():
+        if isinstance(module, ExpertsApart):
+            own = {id(linear) for linear in module.modules()}
+            planned = frozenset(name for name, linear in linears.items() if id(linear) in own)
+            if planned:
+                return BlockExperts(next(iter(planned)).rsplit(".", 2)[0], module, planned)
+    return None
+
+
+class ExpertPass:
+    """Solves the experts of one block.
+
+    Args:
+        experts: of the block, with their original weights.
+        weights: solves weights.
+        followers: the stream that codes are solved in, and others that then take the same weights.
+        original: what the experts are given in the original, [tokens, hidden].
+        followed: what they are given in the first of the followers.
+        choices: int64 [tokens, k] of each batch, the experts that the original's router chooses.
+        found: what is known of the block.
+    """
+
+    def __init__(
+        self,
+        experts: BlockExperts,
+        weights: WeightPass,
+        followers: list[Follower],
+        original: KeptInputs,
+        followed: KeptInputs,
+        choices: list[Tensor],
+        found: SolvedBlock,
+    ) -> None:
+        """Solves nothing yet."""
+        self._experts, self._weights, self._followers = experts, weights, followers
+        self._original, self._followed, self._choices, self._found = original, followed, choices, found
+        module = experts.module
+        self._dense = {
+            name: weight.data
+            for number in range(module.count)
+            for name, weight in zip(experts.names(number), module.weights(number), strict=True)
+        }
+        self._floor = self._dense[experts.names(0)[0]].shape[1]
+
+    def solve(self) -> None:
+        """Finds the codes of all experts."""
+        widest = max(weight.shape[1] for weight in self._dense.values())
+        at_once = max(1, SUMS_AT_A_TIME // (2 * 8 * widest**2))
+        for first in range(0, self._experts.module.count, at_once):
+            numbers = list(range(first, min(first + at_once, self._experts.module.count)))
+            values: dict[str, Tensor] = {}
+            for number, inputs in self._inputs(numbers, {}).items():
+                self._calibrate(self._experts.names(number)[:2], inputs, values)
+            for number, inputs in self._inputs(numbers, values, inner=True).items():
+                self._calibrate(self._experts.names(number)[2:], inputs, values)
+
+    def _calibrate(self, names: list[str], inputs: Inputs, values: dict[str, Tensor]) -> None:
+        for name in names:
+            if name in self._experts.planned:
+                values[name] = self._weights.calibrate(name, self._weights.rounded(name), inputs, self._found)
+                for follower in self._followers:
+                    follower.take(name, values[name])
+
+    def _inputs(self, numbers: list[int], values: Mapping[str, Tensor], *, inner: bool = False) -> dict[int, Inputs]:
+        """What gate and up are given, or with `inner` what down is, by the number of the expert."""
+        role = 2 if inner else 0
+        sums = {number: Sums(self._experts.names(number)[role]) for number in numbers}
+        everyone = {number: Sums(self._experts.names(number)[role]) for number in numbers}
+        few = {number for number in numbers if self._tokens(number) < self._floor}
+        for position, (x, wanted, held_out) in enumerate(self._batches()):
+            for number in numbers:
+                rows = (self._choices[position] == number).any(-1).nonzero()[:, 0]
+                if held_out and len(rows) == 0:
+                    rows = torch.arange(len(x), device=x.device)
+                pair = self._seen(number, x[rows], wanted[rows], values, inner)
+                sums[number].hold_out(*pair)
+                if not held_out:
+                    sums[number].add(*pair)
+                    if number in few:
+                        everyone[number].add(*self._seen(number, x, wanted, values, inner))
+        for number in few:
+            self._found.starved[f"{self._experts.name}.{number}"] = sums[number].tokens
+            sums[number].fill(everyone[number], self._floor)
+        return {number: each.inputs() for number, each in sums.items()}
+
+    def _seen(
+        self, number: int, x: Tensor, wanted: Tensor, values: Mapping[str, Tensor], inner: bool
+    ) -> tuple[Tensor, Tensor]:
+        if not inner:
+            return x, wanted
+        gate, up, _ = self._experts.names(number)
+        module, dense = self._experts.module, self._dense
+        quantized = module.inner(number, x, values.get(gate, dense[gate]), values.get(up, dense[up]))
+        return quantized, module.inner(number, wanted, dense[gate], dense[up])
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        count = self._original.count
+        for position in range(count):
+            held_out = position == count - 1 and position > 0
+            yield self._followed.read(position).flatten(0, -2), self._original.read(position).flatten(0, -2), held_out
+
+    def _tokens(self, number: int) -> int:
+        """How many the original gives to an expert, the batch that is held out not counted."""
+        counted = self._choices[:-1] or self._choices
+        return sum(int((choice == number).any(-1).sum()) for choice in counted)
