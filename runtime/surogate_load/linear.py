@@ -99,9 +99,9 @@ class QuantizedLinear(RowsOfBytes, nn.Linear):
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The parts in the format's order; the codes come first."""
-        found: list[Tensor] = [self._parameters[name] for name in self.part_names]  # type: ignore[misc]
         if self.byte_rows:
-            return tuple(map(self.from_rows, self.part_names, found))
+            return tuple(map(self.from_rows, self.part_names))
+        found: list[Tensor] = [self._parameters[name] for name in self.part_names]  # type: ignore[misc]
         return tuple(part if part.dim() else part.view(1) for part in found)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

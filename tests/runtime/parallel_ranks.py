@@ -107,7 +107,8 @@ def kept_bytes(model):
     """(bytes of packed rows that this rank keeps, bytes of all packed rows)."""
     packed = [module for module in model.modules() if hasattr(module, "packed_names")]
     rows = [layer._parameters[name] for layer in packed for name in layer.packed_names]
-    return sum(each.to_local().nbytes for each in rows), sum(each.numel() for each in rows)
+    kept = (each.to_local() if hasattr(each, "device_mesh") else each for each in rows)
+    return sum(each.nbytes for each in kept), sum(each.numel() for each in rows)
 
 
 def ddp(paths, folder):

@@ -121,8 +121,9 @@ class QuantizedExperts(RowsOfBytes, nn.Module):
         projection = self.projections[name]
         own = list(projection.tensors)[: len(projection.kind.weight.specs)]
         names = [projection.parameter(name, part) for part in own]
-        found: list[Tensor] = [self._parameters[each] for each in names]  # type: ignore[misc]
-        return tuple(map(self.from_rows, names, found) if self.byte_rows else found)
+        if self.byte_rows:
+            return tuple(map(self.from_rows, names))
+        return tuple(self._parameters[each] for each in names)  # type: ignore[misc]
 
     def dequantize(self, name: str, expert: int, member: int, dtype: torch.dtype | None = None) -> Tensor:
         """One dense weight [N, K], by default in `compute_dtype`.

@@ -24,7 +24,8 @@ class _FsdpMark:
         return layer is not None and vars(layer).get("_fsdp_managed", False)
 
     def __set__(self, layer: Any, managed: bool) -> None:
-        if managed and not all(hasattr(layer._parameters[name], "device_mesh") for name in layer.packed_names):
+        divided = [layer._parameters[name] for name in layer.packed_names if name not in layer.whole]
+        if managed and not all(hasattr(parameter, "device_mesh") for parameter in divided):
             raise UnsupportedShardingError(
                 "FSDP1 flattens parameters, which packed weights don't survive: use FSDP2, surogate_load.fully_shard("
                 "model) or fsdp_version: 2 in accelerate's config"
@@ -43,18 +44,21 @@ class RowsOfBytes(nn.Module):
     Attributes:
         packed_names: names of the packed tensors.
         byte_rows: how each of them stands as rows of bytes; empty where they stand as they are.
+        whole: names of those that every rank has whole.
     """
 
     _is_fsdp_managed_module = _FsdpMark()
     packed_names: tuple[str, ...]
     byte_rows: dict[str, ByteRows]
+    whole: frozenset[str] = frozenset()
 
-    def from_rows(self, name: str, rows: Tensor) -> Tensor:
+    def from_rows(self, name: str) -> Tensor:
         """The packed tensor of that name.
 
         Raises:
-            ShardedWeightError: the rows are spread over ranks.
+            ShardedWeightError: its rows are spread over ranks.
         """
+        rows: Any = self._parameters[name]
         if not torch.compiler.is_compiling() and hasattr(rows, "device_mesh"):
             raise ShardedWeightError(
                 f"{name} is spread over ranks: call the layer through the model that was sharded, or unshard() the "

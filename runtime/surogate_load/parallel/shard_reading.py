@@ -37,17 +37,23 @@ def read_shards(model: nn.Module, *, on_cpu: bool = False) -> None:
     found = stored_places(model)
     if found is None or not any(parameter.is_meta for parameter in model.parameters()):
         return
-    owners = _owners(model)
+    owners, device = _owners(model), device_of(model)
     with Artifact.open(found.path) as artifact:
         rules = scale_rules(artifact)
         for place in found.places:
             old = place.module._parameters[place.parameter]
             if old is not None and old.is_meta:
-                new = _filled(old, artifact, place, rules, on_cpu)
+                new = _filled(old, artifact, place, rules, device, on_cpu)
                 for module, name in owners[id(old)]:
                     module._parameters[name] = new
                     module.load_state_dict({}, strict=False)  # has FSDP look at its parameters again
     _settle_recipes(model)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a sharded model runs, whatever an offload policy does with what is divided."""
+    meshes = (parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh"))
+    return torch.device(next((mesh.device_type for mesh in meshes), "cpu"))
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -60,19 +66,29 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return owners
 
 
-def _filled(old: Any, artifact: Artifact, place: Place, rules: Mapping[str, PartRule], on_cpu: bool) -> nn.Parameter:
+def _filled(
+    old: Any, artifact: Artifact, place: Place, rules: Mapping[str, PartRule], device: torch.device, on_cpu: bool
+) -> nn.Parameter:
     from torch.distributed.tensor import DTensor
 
     if not isinstance(old, DTensor):
+        if place.parameter in getattr(place.module, "whole", ()):
+            shape = tuple(old.shape)
+            rows = _rows(artifact, place, shape, 0, shape, rules)
+            return nn.Parameter(rows.to(device), requires_grad=False)
         raise MismatchedModelError(f"{place.tensors[0]} has no values, and belongs to no module that was sharded")
     mesh, axis = old.device_mesh, old.device_mesh.ndim - 1
     size, rank = mesh.size(axis), mesh.get_local_rank(axis)
     first = min(rank * -(-old.shape[0] // size), old.shape[0])
     shape = tuple(old.to_local().shape)
     rows = _rows(artifact, place, tuple(old.shape), first, shape, rules).to(old.dtype)
-    device = torch.device("cpu") if on_cpu or mesh.device_type == "cpu" else torch.device(mesh.device_type)
     spread = DTensor.from_local(
-        rows.to(device), mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+        rows.to("cpu" if on_cpu else device),
+        mesh,
+        old.placements,
+        run_check=False,
+        shape=old.shape,
+        stride=old.stride(),
     )
     return nn.Parameter(spread, requires_grad=old.requires_grad)
 

@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 from surogate_load.errors import UnsupportedShardingError
+from surogate_load.linear import QuantizedLinear
 from surogate_load.parallel.preparation import packed_layers, prepare_for_sharding
-from surogate_load.parallel.shard_reading import read_shards
+from surogate_load.parallel.shard_reading import device_of, read_shards
 from surogate_load.step.regional import decoder_layers
 
 Model = TypeVar("Model", bound=nn.Module)
+
+SMALL = 0.01
+"""What takes less of its codes' bytes isn't divided."""
 
 
 def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool | int = True, **options: Any) -> Model:
@@ -23,8 +27,9 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
         model = surogate_load.fully_shard(model)  # each rank reads its rows
 
     Every decoder layer is a unit of its own, and so is an embedding that isn't tied to the head; the rest, with the
-    head, is the root's. Only what trains is reduced. A model on device `meta` is filled: a rank reads from the files
-    what it keeps. One that has its values already is divided as it is.
+    head, is the root's. Scales that take less than a hundredth of their codes' bytes are left whole on every rank: each
+    tensor that is divided costs the host time at every layer. Only what trains is reduced. A model on device `meta` is
+    filled: a rank reads from the files what it keeps. One that has its values already is divided as it is.
 
     Args:
         model: of `load_model`, or the `PeftModel` around it, before its first step.
@@ -52,15 +57,38 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
             f"{type(model).__name__} names no decoder layers: call surogate_load.prepare_for_sharding(model), then "
             "torch's fully_shard on the modules that shall be units"
         )
-    options = {"mesh": mesh, **options}
+    options = {"mesh": mesh, "ignored_params": _keep_small_ones_whole(model), **options}
     for layer in layers:
         shard(layer, reshard_after_forward=reshard_after_forward, **options)
     embedding = _untied_embedding(model)
     if embedding is not None:
         shard(embedding, reshard_after_forward=reshard_after_forward, **options)
     shard(model, **options)
+    _move_whole_ones(model)
     read_shards(model, on_cpu=isinstance(options.get("offload_policy"), CPUOffloadPolicy))
     return model
+
+
+def _keep_small_ones_whole(model: nn.Module) -> set[nn.Parameter]:
+    """The packed parameters that aren't divided; their layers know of it."""
+    found: set[nn.Parameter] = set()
+    for layer in packed_layers(model):
+        if isinstance(layer, QuantizedLinear):
+            codes, *others = layer.packed_names
+            most = SMALL * layer.get_parameter(codes).nbytes
+            layer.whole = frozenset(name for name in others if layer.get_parameter(name).nbytes < most)
+            found.update(map(layer.get_parameter, layer.whole))
+    return found
+
+
+def _move_whole_ones(model: nn.Module) -> None:
+    """FSDP leaves parameters that it ignores where they are."""
+    device = device_of(model)
+    for layer in packed_layers(model):
+        for name in layer.whole:
+            parameter = layer.get_parameter(name)
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
 
 
 def _untied_embedding(model: nn.Module) -> nn.Module | None:
