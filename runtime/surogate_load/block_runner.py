@@ -18,8 +18,9 @@ from surogate_formats.checkpoint import Checkpoint
 from surogate_load.architecture import one_line
 from surogate_load.block_calls import Answer, NoBlocksError, NotFiniteError, Recorder, equal
 from surogate_load.empty_model import assign, empty_model
-from surogate_load.experts.apart import ExpertsApart, names_in_model, put_apart
+from surogate_load.experts.apart import ExpertsApart, put_apart
 from surogate_load.model_tensors import DenseTensors, ModelTensors
+from surogate_load.packed_names import names_in_model
 
 __all__ = ["BlockRunner", "NoBlocksError", "NotFiniteError"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,7 @@ def packed_modules(
         PackedExpertsError: transformers merges packed weights into one parameter.
         MismatchedModelError: the model has no such module.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    renamings, converters = transforms_of(model)
     state = model.state_dict()
     for name in infos:
         if not name.endswith(f".{companion}"):
@@ -70,6 +68,19 @@ def packed_modules(
         if weight not in state:
             raise MismatchedModelError(f"the files hold {stored}, which the model hasn't: is config.json its own?")
         yield stored, weight.removesuffix(".weight")
+
+
+def transforms_of(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """What transformers does to the names of a model's checkpoint as it loads it, and what it merges or splits."""
+    found = get_model_conversion_mapping(model)
+    renamings = [entry for entry in found if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in found if isinstance(entry, WeightConverter)]
+
+
+def names_in_model(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name in the model to the name on disk, of tensors that transformers renames and merges with no other."""
+    renamings, _ = transforms_of(model)
+    return {rename_source_key(name, renamings, [])[0]: name for name in names}
 
 
 def stored_name(model: Any) -> Callable[[str], str]:

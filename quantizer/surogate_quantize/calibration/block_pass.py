@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -99,10 +100,8 @@ class BlockPass:
                 else:
                     self._solve_stage(stage, followers, original, found)
                 original.forget()
-            wanted = [name for name in watched if name in linears] + list(
-                experts.planned if experts and followers else ()
-            )
-            if missed := next((name for name in wanted if name not in found.parts), None):
+            later = experts.planned if experts and experts.name not in watched else frozenset()  # not calibrated
+            if missed := next((name for name in names if name not in found.parts and name not in later), None):
                 raise NoBlocksError(f"{self._runner.name}: {missed} isn't used by its block; leave it out with `skip`")
             for name, follower in followers.items():
                 follower.advance(after[name])
@@ -133,14 +132,13 @@ class BlockPass:
         """Their adapters are none: PEFT's for experts have another form."""
         leading, *others = followers.values()
         followed = leading.all_inputs(experts.name, self._folder / f"{experts.name}.followed")
-        if isinstance(original, KeptInputs):
+        with ExitStack() as stack:
+            stack.callback(followed.forget)
+            if not isinstance(original, KeptInputs):  # they are read for many experts in turn
+                batches = (original.read(position) for position in range(original.count))
+                original = kept_inputs(self._folder / f"{experts.name}.inputs", batches, followed)
+                stack.callback(original.forget)
             ExpertPass(experts, self._weights, [leading, *others], original, followed, choices, found).solve()
-        else:  # they are read for many experts in turn
-            batches = (original.read(position) for position in range(original.count))
-            kept = kept_inputs(self._folder / f"{experts.name}.inputs", batches, followed)
-            ExpertPass(experts, self._weights, [leading, *others], kept, followed, choices, found).solve()
-            kept.forget()
-        followed.forget()
 
     def _solve_stage(
         self, stage: list[str], followers: dict[str, Follower], original: OriginalInputs, found: SolvedBlock

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from surogate_load.block_calls import NoBlocksError
 from surogate_load.errors import PackedExpertsError
@@ -96,10 +94,3 @@ def put_apart(model: nn.Module, names: Iterable[str]) -> None:
             )
         parent, _, child = module.rpartition(".")
         setattr(model.get_submodule(parent), child, ExpertsApart(original, tuple(roles)))  # type: ignore[arg-type]
-
-
-def names_in_model(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Name in the model to the name on disk, of tensors that transformers renames and merges with no other."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    return {rename_source_key(name, renamings, [])[0]: name for name in names}

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from surogate_load.errors import PackedExpertsError
 from surogate_load.experts.module import DOWN, GATE_UP
+from surogate_load.packed_names import transforms_of
 
 ROLES = {"gate_proj": (GATE_UP, 0), "up_proj": (GATE_UP, 1), "down_proj": (DOWN, 0),
          "w1": (GATE_UP, 0), "w3": (GATE_UP, 1), "w2": (DOWN, 0)}  # fmt: skip
@@ -54,8 +54,7 @@ def find_experts(model: nn.Module, names: Iterable[str], companion: str) -> dict
         names: of all tensors of the files.
         companion: the ending of a tensor that every weight of the kind that is looked for has, and no other.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    renamings, _ = transforms_of(model)
     state = {name for name, _ in model.named_parameters()}
     found: dict[str, FoundExperts] = {}
     for name in names:

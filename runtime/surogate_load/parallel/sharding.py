@@ -57,7 +57,8 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
             f"{type(model).__name__} names no decoder layers: call surogate_load.prepare_for_sharding(model), then "
             "torch's fully_shard on the modules that shall be units"
         )
-    options = {"mesh": mesh, "ignored_params": _keep_small_ones_whole(model), **options}
+    ignored = _keep_small_ones_whole(model) | set(options.pop("ignored_params", None) or ())
+    options = {"mesh": mesh, "ignored_params": ignored, **options}
     for layer in layers:
         shard(layer, reshard_after_forward=reshard_after_forward, **options)
     embedding = _untied_embedding(model)

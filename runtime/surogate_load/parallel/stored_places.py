@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import rename_source_key
 
 from surogate_formats.artifact import Artifact
 from surogate_load.errors import UnsupportedShardingError
 from surogate_load.experts.module import QuantizedExperts
 from surogate_load.linear import QuantizedLinear
+from surogate_load.packed_names import transforms_of
 from surogate_load.recoding import must_restore
 from surogate_load.weight import to_torch
 
@@ -100,9 +100,7 @@ def _names(model: Any, artifact: Artifact, stacked: Set[str]) -> Iterator[tuple[
     for module, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
             packed |= {f"{stored_names[module]}.{name}": f"{module}.{name}" for name in layer.packed_names}
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    renamings, converters = transforms_of(model)
     state, prefix = model.state_dict(), getattr(model, "base_model_prefix", None)
     for tensor in artifact.checkpoint.tensors:
         if tensor in packed:
