@@ -217,11 +217,9 @@ def _model(wrapper: str, how: dict, arguments: argparse.Namespace, device: torch
 
 def _packed_bytes(model) -> int:
     """Bytes of packed weights that this rank keeps."""
-    from surogate_load import QuantizedLinear
-
     total = 0
     for module in model.modules():
-        for name in module.packed_names if isinstance(module, QuantizedLinear) else ():
+        for name in set(getattr(module, "packed_names", ())) & set(module._parameters):
             tensor = module._parameters[name]
             total += (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
     return total

@@ -34,7 +34,7 @@ class QuantizedLinear(RowsOfBytes, nn.Linear):
         compute_dtype: the dtype that base products take and give; PEFT makes adapters in it.
         recipe: how the layer multiplies, and its scaling state.
         shared_input: the `fused.projections.SharedInput` of which the layer is a member; empty if it is alone.
-        byte_rows: see `RowsOfBytes`.
+        byte_rows, flat: see `RowsOfBytes`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class QuantizedLinear(RowsOfBytes, nn.Linear):
 
         PEFT moves adapters to where this is: of a layer on device `meta`, whose values come later, to the CPU.
         """
-        codes: Tensor = self._parameters[self.part_names[0]]  # type: ignore[assignment]
+        codes: Tensor = getattr(self, "weight")  # noqa: B009
         return torch.empty(0, dtype=codes.dtype) if codes.is_meta else codes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,7 +158,9 @@ class QuantizedLinear(RowsOfBytes, nn.Linear):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """Gives the codes as `weight` in layouts that call them otherwise."""
+        """Gives the codes as `weight` in layouts that call them otherwise; or what they are divided with."""
+        if name == "weight" and self.flat:
+            return self.flat[0].lines
         return super().__getattr__(self.part_names[0] if name == "weight" else name)
 
     def _apply(self, fn: Mover, recurse: bool = True) -> QuantizedLinear:

@@ -103,10 +103,14 @@ def layers_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
+def is_divided(parameter):
+    return hasattr(parameter, "device_mesh")
+
+
 def kept_bytes(model):
     """(bytes of packed rows that this rank keeps, bytes of all packed rows)."""
     packed = [module for module in model.modules() if hasattr(module, "packed_names")]
-    rows = [layer._parameters[name] for layer in packed for name in layer.packed_names]
+    rows = [layer._parameters[name] for layer in packed for name in layer.packed_names if name in layer._parameters]
     kept = (each.to_local() if hasattr(each, "device_mesh") else each for each in rows)
     return sum(each.nbytes for each in kept), sum(each.numel() for each in rows)
 
@@ -177,9 +181,12 @@ def train(paths, folder):
         model = sharded(paths[kind], recipe)
         reading = sum(read)
         held, whole = kept_bytes(model)
+        divided = [name for name, p in model.get_base_model().model.layers[0].named_parameters() if is_divided(p)]
+        fused = [name for name, layer in layers_of(model).items() if layer.shared_input]
         losses = mean(losses_of_steps(model, my_share(), STEPS))
         trained = {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
         found[kind] = {"losses": losses, "trained": trained, "kept": held, "packed": whole, "read": reading}
+        found[kind] |= {"divided": divided, "fused": fused}
     Checkpoint.read_into = original
     return found
 
@@ -370,7 +377,15 @@ def prepared(paths, folder):
         fully_shard(layer.mlp, mesh=mesh())
     fully_shard(model, mesh=mesh())
     surogate_load.read_shards(model)
-    return mean(losses_of_steps(model, my_share(), STEPS))
+    found = {"losses": mean(losses_of_steps(model, my_share(), STEPS))}
+    model = adapted(paths["fp4"], "bf16")
+    units = [module for layer in model.get_base_model().model.layers for module in (layer.self_attn, layer.mlp)]
+    surogate_load.prepare_for_sharding(model, units)
+    for unit in units:
+        fully_shard(unit, mesh=mesh())
+    fully_shard(model, mesh=mesh())
+    surogate_load.read_shards(model)
+    return {**found, "losses in units": mean(losses_of_steps(model, my_share(), STEPS))}
 
 
 def trainer(paths, folder):

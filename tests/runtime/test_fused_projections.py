@@ -16,7 +16,7 @@ from surogate_formats.errors import UsageError
 from surogate_formats.layouts import settle
 from surogate_formats.recipe import Recipe
 from surogate_load import load_model, set_recipe
-from surogate_load.fused import projections
+from surogate_load.fused import groups
 from surogate_load.fused.weights import fuse
 from surogate_load.linear import QuantizedLinear
 from surogate_load.recipes.delayed import delayed_scales
@@ -113,7 +113,7 @@ def inside(parent, member, x):
 
 def alone(path, monkeypatch, **arguments):
     with monkeypatch.context() as patch:
-        patch.setattr(projections, "GROUPS", ())
+        patch.setattr(groups, "GROUPS", ())
         return load_model(path, **arguments)
 
 

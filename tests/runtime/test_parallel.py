@@ -3,6 +3,7 @@
 All ranks are started once, and go through `parallel_ranks.CHECKS`; the tests look at what they found.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,8 @@ from runtime.parallel_ranks import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from surogate_load import open_artifact
-from surogate_load.parallel.byte_rows import byte_rows
+from surogate_load.parallel.byte_rows import block_bytes, byte_rows
+from surogate_load.parallel.flat_weights import flatten
 from surogate_load.parallel.integer_parameters import let_take_integers
 
 RANKS = 2
@@ -100,12 +102,53 @@ def test_two_ranks_under_fsdp2_train_as_one(found, alone, kind):
 @pytest.mark.parametrize("kind", ["nf4", "odd", "fp4", "fp8-modelopt", "nf4-none"])
 def test_a_rank_keeps_and_reads_its_half(found, paths, kind):
     """Of fp8-block the tiny weights are one tile or two each, which no rank may cut."""
-    dense = 64 * 128 * 2 * 2 + 5 * 128 * 2  # embedding, head and norms
-    dense += 2 * (5 * 128 + 2 * 131) * 2 if kind == "odd" else 0  # biases
+    divided = (64 * 128 * 2 + 128) * 2  # embedding, head and the last norm
+    whole = 4 * 128 * 2  # the layers' norms
+    whole += 2 * (5 * 128 + 2 * 131) * 2 if kind == "odd" else 0  # biases
+    packed = packed_bytes(paths[kind])
     for rank in found["train"]:
-        assert rank[kind]["packed"] == pytest.approx(packed_bytes(paths[kind]), rel=1e-3)  # paddings of scales
+        assert rank[kind]["packed"] == pytest.approx(packed, rel=0.02)  # padding between tensors
         assert rank[kind]["kept"] == pytest.approx(rank[kind]["packed"] / RANKS, rel=0.01)
-        assert rank[kind]["read"] == pytest.approx((rank[kind]["packed"] + dense) / RANKS, rel=0.01)
+        assert rank[kind]["read"] == pytest.approx((packed + divided) / RANKS + whole, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "odd", "fp4", "fp8-modelopt", "nf4-none"])
+def test_what_is_frozen_in_a_decoder_layer_is_gathered_at_once(found, kind):
+    """And q, k, v and gate, up are multiplied as one, as on one rank: not where they have biases."""
+    for rank in found["train"]:
+        frozen = [name for name in rank[kind]["divided"] if "lora_" not in name]
+        assert frozen == ["flat_weights.lines"]
+        together = {name.split(".")[-2] for name in rank[kind]["fused"]}
+        assert together == (set() if kind == "odd" else {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("nf4", 128), ("nf4", 96), ("fp4", 48), ("fp8-block", 128)])
+def test_no_line_of_a_unit_begins_inside_a_block(kind, columns):
+    from runtime.layers import make_layer
+
+    names, rows = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"), (2048, 384, 384, 2048, 160)
+    layers = [make_layer(kind, (size, columns), bias=False, seed=seed)[0] for seed, size in enumerate(rows)]
+    before = [[part.clone() for part in layer.parts] for layer in layers]
+    flat = flatten(torch.nn.ModuleDict(dict(zip(names, layers, strict=True))))
+    line = flat.lines.shape[1]
+    for layer, parts in zip(layers, before, strict=True):
+        start = flat.where(layer.flat[1][layer.part_names[0]])[0]
+        assert start % block_bytes(layer.kind) == line % block_bytes(layer.kind) == 0
+        assert all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(layer.parts, parts, strict=True)
+        )
+    taken = [(span.start, span.start + span.size) for span in flat.spans]
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(sorted(taken)))
+    assert taken and max(end for _, end in taken) <= flat.lines.numel()
+
+
+def test_a_unit_too_small_for_many_ranks_stays_as_it_is():
+    from runtime.layers import make_layer
+
+    layer, _ = make_layer("fp8-block", (384, 128), bias=False)
+    assert flatten(torch.nn.Sequential(layer)) is None
+    assert not layer.flat
+    assert layer.parts[0].shape == (384, 128)
 
 
 def packed_bytes(path):
@@ -134,7 +177,8 @@ def test_ways_of_calling_it_train_alike(found, alone, way):
 
 
 def test_torchs_own_fully_shard_on_a_prepared_model(found, alone):
-    assert found["prepared"][0] == pytest.approx(alone["fp4", "bf16"][0], rel=CLOSE)
+    for losses in found["prepared"][0].values():
+        assert losses == pytest.approx(alone["fp4", "bf16"][0], rel=CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8-modelopt"])
@@ -192,7 +236,7 @@ def test_recipes_on_two_ranks(found):
         ("fsdp1", "use FSDP2, surogate_load.fully_shard(model)"),
         ("unprepared", "surogate_load.prepare_for_sharding(model) before torch's"),
         ("twice", "the model is sharded already"),
-        ("outside", "weight is spread over ranks"),
+        ("outside", "packed weights are spread over ranks"),
         ("saved", "surogate_load.save_adapter(model, DIR)"),
         ("nothing packed", "the model holds no packed layer"),
         ("nvfp4 on meta", "load the model with device='cpu'"),

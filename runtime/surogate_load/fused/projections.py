@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from surogate_formats.errors import UsageError
+from surogate_load.fused.groups import groups_of
 from surogate_load.fused.weights import fuse
 from surogate_load.linear import QuantizedLinear, arithmetic, has_hooks
+from surogate_load.parallel.rows_of_bytes import side_by_side
 from surogate_load.placement import FixedDtypeModule, Mover
 from surogate_load.recipes.layer import RecipeLayer
 from surogate_load.recipes.product import Adapter, Placement, multiply_with_adapters
 from surogate_load.weight import WeightKind
-
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Children of one module that transformers' decoder layers call with the same tensor."""
 
 
 def fuse_projections(model: nn.Module) -> None:
@@ -29,12 +28,8 @@ def fuse_projections(model: nn.Module) -> None:
 
     Groups that were fused under another recipe keep their weight.
     """
-    for parent in list(model.modules()):
-        for names in GROUPS:
-            children = [parent._modules.get(name) for name in names]
-            members = [getattr(child, "base_layer", child) for child in children]
-            if all(type(member) is QuantizedLinear for member in members):
-                _fuse(parent, names, members)  # type: ignore[arg-type]
+    for parent, names, members in groups_of(model):
+        _fuse(parent, names, members)
 
 
 def split_projections(model: nn.Module) -> None:
@@ -53,7 +48,7 @@ def _fuse(parent: nn.Module, names: Sequence[str], members: Sequence[QuantizedLi
     if any(member.shared_input for member in members):
         members[0].shared_input[0].adopt_recipes()
         return
-    if any(member.byte_rows for member in members):
+    if any(member.divided for member in members):
         return
     alike = {(member.compute_dtype, member.bias is None) for member in members}
     devices = {part.device for member in members for part in member.parts}
@@ -97,11 +92,10 @@ class SharedInput:
         self._sizes = [member.out_features for member in members]
         self._weight = _FusedWeight(members, parts)
         parent.add_module(f"fused_{names[0]}", self._weight)
-        self._hooks: list[Any] = [
-            member.register_load_state_dict_post_hook(self._weight.refresh)  # type: ignore[no-untyped-call]
-            for member in members
-        ]
-        self._hooks.append(parent.register_load_state_dict_post_hook(self._weight.check))  # type: ignore[no-untyped-call]
+        self._hooks: list[Any] = []
+        if not self._weight.flat:  # whose members' weights are loaded by no name
+            loaded = [*((member, self._weight.refresh) for member in members), (parent, self._weight.check)]
+            self._hooks += [module.register_load_state_dict_post_hook(hook) for module, hook in loaded]  # type: ignore[no-untyped-call]
         self._recipe: type[RecipeLayer] | None = recipe
         self._x: Tensor | None = None
         self._state: tuple[Any, ...] = ()
@@ -217,33 +211,43 @@ class _FusedWeight(FixedDtypeModule):
 
     Attributes:
         fits: whether they are the members' values: not where half of the members were loaded anew.
+        flat: the `FlatWeights` that has the members' tensors, and the slots there of those of the fused ones that are
+            no others than the members', by index; empty where members have tensors of their own.
     """
 
     def __init__(self, members: Sequence[QuantizedLinear], parts: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.fits = True
         self._members = (tuple(members),)  # in a tuple: they are children elsewhere
+        self.flat = side_by_side(members, parts)
         for index, part in enumerate(parts):
-            self.register_buffer(f"part_{index}", part, persistent=False)
+            if not self.flat or index not in self.flat[1]:
+                self.register_buffer(f"part_{index}", part, persistent=False)
+        self._count = len(parts)
         self.link()
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        return tuple(self._buffers.values())  # type: ignore[arg-type]
+        if not self.flat:
+            return tuple(self._buffers.values())  # type: ignore[arg-type]
+        flat, slots = self.flat
+        found = (flat.tensor(slots[i]) if i in slots else self._buffers[f"part_{i}"] for i in range(self._count))
+        return tuple(found)  # type: ignore[arg-type]
 
     def link(self) -> None:
         """Makes the members' tensors views of the fused ones, but for scales that are stored otherwise there.
 
         Copies of a model are not: copying makes every parameter a tensor of its own.
         """
-        for member, view in self._views():
+        for member, view in () if self.flat else self._views():
             if member.data_ptr() != view.data_ptr():
                 member.data = view
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of them that the members' tensors are views of."""
-        return sum(view.nbytes for member, view in self._views() if member.data_ptr() == view.data_ptr())
+        views = () if self.flat else self._views()
+        return sum(view.nbytes for member, view in views if member.data_ptr() == view.data_ptr())
 
     def _views(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each member's tensors, and the part of the fused one with the same bytes."""

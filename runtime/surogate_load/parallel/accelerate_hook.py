@@ -37,7 +37,38 @@ def register() -> None:
 
     prepare.asks_surogate = True  # type: ignore[attr-defined]
     home.fsdp2_prepare_model = prepare
+    if hasattr(home.Accelerator, "_prepare_fsdp2"):
+        home.Accelerator._prepare_fsdp2 = _with_units(home.Accelerator._prepare_fsdp2)
     home.Accelerator.get_state_dict = _without_packed_base(home.Accelerator.get_state_dict)
+
+
+def _with_units(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Prepares a packed model before accelerate notes the names of its parameters, which it wants to find again."""
+
+    @wraps(original)
+    def prepare_fsdp2(self: Any, *args: Any) -> Any:
+        from torch.distributed.fsdp import FSDPModule
+
+        from surogate_load.parallel.preparation import packed_layers, prepare_for_sharding
+
+        for model in (each for each in args if isinstance(each, nn.Module) and not isinstance(each, FSDPModule)):
+            if next(packed_layers(model), None) is not None:
+                prepare_for_sharding(model, _units(model, self.state.fsdp_plugin))
+        return original(self, *args)
+
+    return prepare_fsdp2
+
+
+def _units(model: nn.Module, plugin: Any) -> list[nn.Module]:
+    """The decoder layers, if accelerate is to call `fully_shard` on them; else nothing is known of its units."""
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    from surogate_load.step.regional import decoder_layers
+
+    layers = list(decoder_layers(model))
+    wanted = plugin.transformer_cls_names_to_wrap or [type(layer).__name__ for layer in layers]
+    by_class = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is transformer_auto_wrap_policy
+    return layers if by_class and {type(layer).__name__ for layer in layers} == set(wanted) else []
 
 
 def _without_packed_base(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from surogate_formats.fp8 import FP8, TILE
 from surogate_formats.nf4 import NF4
+from surogate_formats.nvfp4 import BLOCK, NVFP4
 from surogate_load.weight import WeightKind
 
 
@@ -31,7 +32,12 @@ class ByteRows:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return prod(self.shape) * self.dtype.itemsize // self.rows
+        return self.nbytes // self.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return prod(self.shape) * self.dtype.itemsize
 
     def take(self, packed: Tensor) -> Tensor:
         """The rows of a packed tensor, sharing its memory."""
@@ -70,6 +76,15 @@ def expert_rows(tensors: Mapping[str, Tensor]) -> dict[str, ByteRows]:
         tensors: every packed tensor by name.
     """
     return {name: ByteRows(tensor.dtype, tuple(tensor.shape), len(tensor)) for name, tensor in tensors.items()}
+
+
+def block_bytes(kind: WeightKind) -> int:
+    """Codes of so many bytes, or of a multiple, hold whole blocks; tiles of NVFP4 have their scale in each row."""
+    if isinstance(kind.format, NF4):
+        return kind.format.block_size // 2
+    if isinstance(kind.format, NVFP4):
+        return BLOCK // 2
+    return TILE * kind.shape[1] if isinstance(kind.format, FP8) and kind.format.scaling == "block" else 1
 
 
 def _units(kind: WeightKind) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -12,27 +12,29 @@ from surogate_load.experts.module import QuantizedExperts
 from surogate_load.fused.projections import split_projections
 from surogate_load.linear import QuantizedLinear
 from surogate_load.parallel.byte_rows import byte_rows, expert_rows
+from surogate_load.parallel.flat_weights import flatten
 from surogate_load.step.regional import compiled_inside_hooks, decoder_layers
 
 Packed = QuantizedLinear | QuantizedExperts
 """What holds packed tensors."""
 
 
-def prepare_for_sharding(model: nn.Module) -> None:
+def prepare_for_sharding(model: nn.Module, units: Iterable[nn.Module] = ()) -> None:
     """Has packed layers hold their tensors as rows of bytes, so that torch's `fully_shard` may be called on the model.
 
     `surogate_load.fully_shard` does it by itself, and so does accelerate with `fsdp_version: 2`. What a row is say
-    `byte_rows` and `expert_rows`. Layers that multiply as one (q, k, v; gate, up) multiply one by one afterwards. A
-    second call does nothing.
+    `byte_rows` and `expert_rows`; in a unit it is a line of `FlatWeights`. Layers that multiply as one (q, k, v; gate,
+    up) multiply one by one afterwards, but in units as one again after `read_shards`. A second call does nothing.
 
     Args:
         model: with its adapters, if it is to have any: those that come later aren't sharded, and not reduced.
+        units: modules that `fully_shard` will be called on, if that is known: the linear layers of each are then
+            divided and gathered as one tensor, which saves the host most of its work.
 
     Raises:
         UnsupportedShardingError: the model is sharded already, or adapters have no values yet.
     """
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        raise UnsupportedShardingError("the model is sharded already: prepare it before fully_shard")
+    refuse_sharded(model)
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.device.type == "meta"]
     if missing:
         raise UnsupportedShardingError(
@@ -40,11 +42,19 @@ def prepare_for_sharding(model: nn.Module) -> None:
             "be trained; name those in target_modules"
         )
     split_projections(model)
+    for unit in units:
+        flatten(unit)
     for layer in packed_layers(model):
         if not layer.byte_rows:
             _to_rows(layer)
     for decoder_layer in decoder_layers(model):
         compiled_inside_hooks(decoder_layer)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises UnsupportedShardingError where ranks have divided the model."""
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise UnsupportedShardingError("the model is sharded already: prepare it before fully_shard")
 
 
 def packed_layers(model: nn.Module) -> Iterator[Packed]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from surogate_load.errors import UnsupportedShardingError
-from surogate_load.linear import QuantizedLinear
-from surogate_load.parallel.preparation import packed_layers, prepare_for_sharding
+from surogate_load.parallel.preparation import packed_layers, prepare_for_sharding, refuse_sharded
 from surogate_load.parallel.shard_reading import device_of, read_shards
 from surogate_load.step.regional import decoder_layers
 
 Model = TypeVar("Model", bound=nn.Module)
-
-SMALL = 0.01
-"""What takes less of its codes' bytes isn't divided."""
 
 
 def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool | int = True, **options: Any) -> Model:
@@ -27,9 +24,10 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
         model = surogate_load.fully_shard(model)  # each rank reads its rows
 
     Every decoder layer is a unit of its own, and so is an embedding that isn't tied to the head; the rest, with the
-    head, is the root's. Scales that take less than a hundredth of their codes' bytes are left whole on every rank: each
-    tensor that is divided costs the host time at every layer. Only what trains is reduced. A model on device `meta` is
-    filled: a rank reads from the files what it keeps. One that has its values already is divided as it is.
+    head, is the root's. The packed linear layers of a decoder layer are divided as one tensor, and its frozen vectors
+    (norms, biases) are left whole on every rank: each tensor that is divided costs the host time at every layer. Only
+    what trains is reduced. A model on device `meta` is filled: a rank reads from the files what it keeps. One that has
+    its values already is divided as it is.
 
     Args:
         model: of `load_model`, or the `PeftModel` around it, before its first step.
@@ -50,14 +48,15 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
 
     if next(packed_layers(model), None) is None:
         raise UnsupportedShardingError("the model holds no packed layer; torch.distributed.fsdp.fully_shard shards it")
-    prepare_for_sharding(model)
+    refuse_sharded(model)
     layers = list(decoder_layers(model))
     if not layers:
         raise UnsupportedShardingError(
             f"{type(model).__name__} names no decoder layers: call surogate_load.prepare_for_sharding(model), then "
             "torch's fully_shard on the modules that shall be units"
         )
-    ignored = _keep_small_ones_whole(model) | set(options.pop("ignored_params", None) or ())
+    prepare_for_sharding(model, layers)
+    ignored = set(options.pop("ignored_params", None) or ()) | _frozen_vectors(layers, options.get("mp_policy"))
     options = {"mesh": mesh, "ignored_params": ignored, **options}
     for layer in layers:
         shard(layer, reshard_after_forward=reshard_after_forward, **options)
@@ -65,31 +64,19 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
     if embedding is not None:
         shard(embedding, reshard_after_forward=reshard_after_forward, **options)
     shard(model, **options)
-    _move_whole_ones(model)
-    read_shards(model, on_cpu=isinstance(options.get("offload_policy"), CPUOffloadPolicy))
+    device = device_of(model)
+    for parameter in ignored:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)  # FSDP leaves what it ignores where it is
+    read_shards(model, on_cpu=isinstance(options.get("offload_policy"), CPUOffloadPolicy), ignored=ignored)
     return model
 
 
-def _keep_small_ones_whole(model: nn.Module) -> set[nn.Parameter]:
-    """The packed parameters that aren't divided; their layers know of it."""
-    found: set[nn.Parameter] = set()
-    for layer in packed_layers(model):
-        if isinstance(layer, QuantizedLinear):
-            codes, *others = layer.packed_names
-            most = SMALL * layer.get_parameter(codes).nbytes
-            layer.whole = frozenset(name for name in others if layer.get_parameter(name).nbytes < most)
-            found.update(map(layer.get_parameter, layer.whole))
-    return found
-
-
-def _move_whole_ones(model: nn.Module) -> None:
-    """FSDP leaves parameters that it ignores where they are."""
-    device = device_of(model)
-    for layer in packed_layers(model):
-        for name in layer.whole:
-            parameter = layer.get_parameter(name)
-            if not parameter.is_meta:
-                parameter.data = parameter.data.to(device)
+def _frozen_vectors(layers: Iterable[nn.Module], policy: Any) -> set[nn.Parameter]:
+    """What is too small to be worth dividing, and needs no cast by a policy."""
+    wanted = getattr(policy, "param_dtype", None)
+    vectors = (each for layer in layers for each in layer.parameters() if each.dim() == 1 and not each.requires_grad)
+    return {each for each in vectors if wanted in (None, each.dtype)}
 
 
 def _untied_embedding(model: nn.Module) -> nn.Module | None:
