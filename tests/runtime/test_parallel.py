@@ -219,6 +219,14 @@ def test_trainer_under_accelerates_fsdp2_config(found, alone):
         assert "adapter_model.safetensors" in rank["saved"]
 
 
+def test_trainer_trains_experts_under_accelerates_fsdp2_config(found, paths):
+    losses = losses_of_steps(adapted_experts(paths["qwen3", "nf4"]), IDS, STEPS)
+    for rank in found["trainer"]:
+        assert rank["experts"] == pytest.approx(losses, rel=1e-4)
+        kept, packed = rank["experts, kept"]
+        assert kept == pytest.approx(packed / RANKS, rel=0.01)
+
+
 def test_recipes_on_two_ranks(found):
     first, second = found["recipes"]
     for key in ("histories", "scales", "multipliers"):
