@@ -25,7 +25,7 @@ KINDS = {
 """Format to recipe; scales of fp8-modelopt are of shape [], "odd" is nf4 with 131 rows or columns, and biases."""
 
 
-DDP = {"nf4": "bf16", "fp8-tensor": "fp8-hybrid", "nf4-none": "fp8-hybrid"}
+DDP = {"nf4": "bf16", "fp8-tensor": "fp8-hybrid", "nf4-none": "fp8-hybrid", "fp4": "bf16", "fp8-block": "bf16"}
 """The same under DistributedDataParallel."""
 
 EXPERTS = {("qwen3", "nf4"): "meta", ("mixtral", "fp8-modelopt"): "meta", ("gpt-oss", "fp4"): "cpu"}
@@ -192,10 +192,13 @@ def train(paths, folder):
 
 
 def experts(paths, folder):
-    """Losses of packed experts under FSDP2, adapters after them, and what was kept."""
+    """Losses of packed experts under FSDP2, adapters after them, and what was kept; and losses under DDP."""
+    from torch.nn.parallel import DistributedDataParallel
+
     import surogate_load
 
-    found = {}
+    wrapped = DistributedDataParallel(adapted_experts(paths["qwen3", "nf4"]))
+    found = {"ddp": mean(losses_of_steps(wrapped, my_share(), STEPS))}
     for name, device in EXPERTS.items():
         model = surogate_load.fully_shard(adapted_experts(paths[name], device), mesh=mesh())
         kept = kept_bytes(model)

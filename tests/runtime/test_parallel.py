@@ -170,6 +170,12 @@ def test_two_ranks_under_fsdp2_train_experts_as_one(found, paths, name):
         assert kept == pytest.approx(packed / RANKS, rel=0.01)
 
 
+def test_two_ranks_under_ddp_train_experts_as_one(found, paths):
+    losses = losses_of_steps(adapted_experts(paths["qwen3", "nf4"]), IDS, STEPS)
+    for rank in found["experts"]:
+        assert rank["ddp"] == pytest.approx(losses, rel=CLOSE)
+
+
 @pytest.mark.parametrize("way", ["kept gathered", "loaded whole", "checkpointed", "offloaded", "accumulated"])
 def test_ways_of_calling_it_train_alike(found, alone, way):
     losses, _ = alone["one layer", "bf16"]
