@@ -394,15 +394,20 @@ def prepared(paths, folder):
 def trainer(paths, folder):
     """Losses of transformers' Trainer under accelerate's own FSDP2 config, of a model on meta; and resumed.
 
-    Every step's global batch is all of IDS. The last one trains packed experts.
+    Every step's global batch is all of IDS.
     """
     found = {}
     for name, resumed in (("losses", None), ("resumed", folder / "trained" / "checkpoint-1")):
         model, losses = trained_by_trainer(adapted(paths["nf4"], "bf16", "meta"), folder / "trained", resumed)
         found |= {name: losses, f"{name}, kept": kept_bytes(model)}
     found["saved"] = sorted(file.name for file in (folder / "trained" / "checkpoint-1").iterdir())
+    return found
+
+
+def trainer_of_experts(paths, folder):
+    """The same of packed experts, and what was kept of them."""
     model, losses = trained_by_trainer(adapted_experts(paths["qwen3", "nf4"], "meta"), folder / "trained experts")
-    return found | {"experts": losses, "experts, kept": kept_bytes(model)}
+    return {"losses": losses, "kept": kept_bytes(model)}
 
 
 def trained_by_trainer(model, directory, resumed=None):
@@ -474,7 +479,10 @@ def kill_one(paths, folder):
     raise NotRefusedError("a lost rank")
 
 
-CHECKS = (ddp, reduce_amax, train, experts, options, prepared, compiled, state, recipes, refusals, trainer, kill_one)
+CHECKS = (
+    ddp, reduce_amax, train, experts, options, prepared, compiled, state, recipes, refusals, trainer,
+    trainer_of_experts, kill_one,
+)  # fmt: skip
 
 
 def hsdp(paths, folder):

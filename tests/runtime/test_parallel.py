@@ -227,9 +227,9 @@ def test_trainer_under_accelerates_fsdp2_config(found, alone):
 
 def test_trainer_trains_experts_under_accelerates_fsdp2_config(found, paths):
     losses = losses_of_steps(adapted_experts(paths["qwen3", "nf4"]), IDS, STEPS)
-    for rank in found["trainer"]:
-        assert rank["experts"] == pytest.approx(losses, rel=1e-4)
-        kept, packed = rank["experts, kept"]
+    for rank in found["trainer_of_experts"]:
+        assert rank["losses"] == pytest.approx(losses, rel=1e-4)
+        kept, packed = rank["kept"]
         assert kept == pytest.approx(packed / RANKS, rel=0.01)
 
 
