@@ -90,7 +90,8 @@ def verify(artifact: str, against: str | None) -> None:
 )
 @click.option("--text", type=click.Path(), help="A text file; its first tokens are predicted.  [default: the "
               "language reference of the running Python]")  # fmt: skip
-@click.option("--context", default=1024, show_default=True, type=click.IntRange(min=2), help="Tokens of a window.")
+@click.option("--context", type=click.IntRange(min=2), help="Tokens of a window.  [default: 1024, or as many as the "
+              "model takes]")  # fmt: skip
 @click.option("--windows", default=3, show_default=True, type=click.IntRange(min=1), help="How many windows.")
 @click.option("--device", default="cpu", show_default=True, help="Where both models run.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of both models.  [default: as in "

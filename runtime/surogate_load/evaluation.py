@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ class UnreadableModelError(UsageError):
     """The dense model, or its tokenizer, can't be loaded."""
 
 
+CONTEXT = 1024
+"""Tokens of a window by default."""
+
+
 class ForeignTextError(UsageError):
     """Tokens that the model doesn't know, or windows that are longer than it takes."""
 
@@ -47,8 +51,8 @@ def evaluate_artifact(
     against: str | Path,
     text: str | Path | None = None,
     *,
-    context: int,
-    count: int,
+    context: int | None = None,
+    count: int = 3,
     device: str = "cpu",
     dtype: str | None = None,
     adapter: str | Path | None = None,
@@ -56,14 +60,14 @@ def evaluate_artifact(
 ) -> Evaluation:
     """Compares an artifact under recipe bf16 with its dense source, a decoder block of either in memory at a time.
 
-    Models that can't be run block by block (mixtures of experts; `told` says so), and adapters that are more than
-    LoRA on linears of blocks, are loaded whole.
+    Models that can't be run block by block (`told` says why), and adapters that are more than LoRA on linears of
+    blocks, are loaded whole.
 
     Args:
         artifact: directory of the artifact, or its name on the Hub.
         against: directory of the dense model; its tokenizer is used.
         text: a UTF-8 file; by default CPython's language reference, as the running Python has it.
-        context: tokens of a window.
+        context: tokens of a window; by default 1024, or as many as the model takes.
         count: how many windows, from the start of the text.
         device: where both models run.
         dtype: of both models, see `load_model`; by default that of the source.
@@ -80,9 +84,10 @@ def evaluate_artifact(
     content = _read(text)
     if not Path(against).is_dir():
         raise UnreadableModelError(f"{against}: no such directory; give that of the dense model, with its tokenizer")
-    ids = windows(need_tokenizer(against)(content, add_special_tokens=False)["input_ids"], context, count)
+    tokens = need_tokenizer(against)(content, add_special_tokens=False)["input_ids"]
     reached = reachable(device)
     with open_local(artifact) as opened, memory_errors(opened, reached):
+        ids = windows(tokens, context or min(CONTEXT, _longest(opened.config)), count)
         folder = opened.path / ADAPTER if adapter == INIT else adapter
         if folder is not None:
             check_saved(folder)
@@ -119,6 +124,13 @@ def _evaluate_whole(
     with _reading(against):
         dense: Any = model_class(dict(opened.config)).from_pretrained(str(against), dtype=dtype, local_files_only=True)
     return evaluate(packed, dense.to(device), ids)
+
+
+def _longest(config: Mapping[str, Any]) -> int:
+    """Tokens that a model takes, as far as its config.json says."""
+    text = config.get("text_config")
+    entry = (text if isinstance(text, Mapping) else config).get("max_position_embeddings")
+    return entry if isinstance(entry, int) and entry > 1 else CONTEXT
 
 
 def _check_ids(ids: Tensor, vocabulary: int, longest: int) -> None:

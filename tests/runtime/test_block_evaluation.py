@@ -173,6 +173,10 @@ def test_without_a_text_it_is_the_language_reference(artifact):
     assert 0 < found.top1_agreement < 1
 
 
+def test_by_default_windows_are_as_long_as_the_model_takes(artifact):
+    assert measured(artifact, context=None)[0].tokens == 3 * 96
+
+
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [({"use_dora": True}, "use_dora=True is more than plain LoRA"), ({"target_modules": ["lm_head"]}, "lm_head")],
