@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,6 +155,18 @@ def test_directory_swapped_for_a_link_is_refused_even_inside_the_checkpoint(tmp_
     (tmp_path / "linked").symlink_to("real")
     with pytest.raises(SymlinkedDirectoryError):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "found_by_path",
+    [test_snapshot_of_the_hub_cache, test_directory_swapped_for_a_link_is_refused_even_inside_the_checkpoint],
+)
+def test_where_directories_cannot_be_opened(
+    found_by_path: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows."""
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    found_by_path(tmp_path)
 
 
 @settings(deadline=None)

@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -262,6 +263,16 @@ def test_a_system_without_locks(source, expected, tmp_path, monkeypatch):
     monkeypatch.setattr("surogate_quantize.output_errors.fcntl", None)
     quantize(source, tmp_path / "out", OPTIONS)
     assert contents(tmp_path / "out") == expected
+
+
+def test_a_system_without_anything_that_windows_has_not(source, tmp_path):
+    script = Path(__file__).with_name("as_windows.py")
+    ran = subprocess.run(
+        [sys.executable, script, source, tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    quantize(source, tmp_path / "here", make_options("nf4", {}))
+    assert contents(tmp_path / "out") == contents(tmp_path / "here")
 
 
 def test_a_clock_that_jumps(source, expected, tmp_path, monkeypatch):

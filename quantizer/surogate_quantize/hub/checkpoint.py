@@ -64,7 +64,7 @@ class HubCheckpoint(Checkpoint):
 
     def _place(self, file: str, path: Path) -> None:
         """Reads a shard from `path` from now on."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         try:
             with self._changing:
                 os.dup2(descriptor, self._descriptors[file], inheritable=False)

@@ -123,7 +123,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until the disk has a file, or a directory's entries where directories can be opened (not on Windows)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:
