@@ -61,6 +61,10 @@ class DenseInitializationError(UsageError):
     """An adapter is to be initialised from the values of a dense base, and the base is packed."""
 
 
+class DenseAdapterError(UsageError):
+    """A kind of adapter is to be put on a packed layer that computes with a dense weight, or isn't known not to."""
+
+
 class QuantizerFailedError(SurogateError):
     """The quantizer, run as a process of its own, ended with an error."""
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from surogate_load.adapter_rules import MERGE, check_start
+from surogate_load.adapter_rules import MERGE, check_kind, check_start
 from surogate_load.errors import MergeUnsupportedError
 from surogate_load.experts.module import QuantizedExperts
 from surogate_load.experts.peft_layer import QuantizedLoraExperts
@@ -109,7 +109,7 @@ def _plain(linear: nn.Linear) -> nn.Linear:
 
 
 def register() -> None:
-    """Makes PEFT's choice of a LoRA layer ask us first, for packed layers only; a second call does nothing."""
+    """Makes PEFT's choice of a layer ask us first, for packed layers only; a second call does nothing."""
     original = lora_model.dispatch_default
     if getattr(original, "asks_surogate", False):
         return
@@ -128,3 +128,11 @@ def register() -> None:
 
     dispatch.asks_surogate = True  # type: ignore[attr-defined]
     lora_model.dispatch_default = dispatch
+    inject = BaseTuner.inject_adapter
+
+    @wraps(inject)
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_kind(self, model, adapter_name)
+        inject(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.inject_adapter = inject_adapter
