@@ -117,7 +117,8 @@ def training_ranks(folder: Path) -> str:
     from runtime.artifacts import tiny_llama, write_artifact
     from runtime.layers import KINDS as FORMATS
     from runtime.lora_steps import losses_of_steps
-    from runtime.parallel_ranks import DDP, IDS, KINDS, STEPS, adapted, run_ranks
+    from runtime.ranks.models import DDP, IDS, KINDS, STEPS, adapted
+    from runtime.ranks.processes import run_ranks
 
     def make(name: str, kind: str, **changes: object) -> Path:
         (folder / name).mkdir()

@@ -1,6 +1,6 @@
 """Two gloo ranks, under DDP and FSDP2: one rank's training with the same global batch, packed bytes where they belong.
 
-All ranks are started once, and go through `parallel_ranks.CHECKS`; the tests look at what they found.
+All ranks are started once, and go through `ranks.processes.CHECKS`; the tests look at what they found.
 """
 
 import itertools
@@ -9,20 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runtime.lora_steps import losses_of_steps
-from runtime.parallel_ranks import (
-    CHECKS,
-    DDP,
-    EXPERTS,
-    IDS,
-    KINDS,
-    LAYERS,
-    STEPS,
-    adapted,
-    adapted_experts,
-    join,
-    resume,
-    run_ranks,
-)
+from runtime.ranks.data_parallel import LAYERS
+from runtime.ranks.models import DDP, EXPERTS, IDS, KINDS, STEPS, adapted, adapted_experts, join
+from runtime.ranks.processes import CHECKS, run_ranks
+from runtime.ranks.saving import resume
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from surogate_load import open_artifact
