@@ -1,5 +1,6 @@
 """PEFT's kinds of adapters on packed layers: each gives what it gives on the dequantized model, or is refused."""
 
+import copy
 import inspect
 
 import peft
@@ -37,13 +38,12 @@ NO_LINEARS = {"LN_TUNING": "input_layernorm", "TRAINABLE_TOKENS": "embed_tokens"
 
 @pytest.fixture(scope="module")
 def models(artifact, tmp_path_factory):
-    """Makes the packed model, and the dense one with the same values."""
-    path, dense = artifact("nf4"), tmp_path_factory.mktemp("dense") / "model"
-    dequantize(path, dense, "float32")
-    return (
-        lambda: load_model(path, dtype=torch.float32),
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32),
-    )
+    """Copies the packed model, and the dense one with the same values."""
+    path, folder = artifact("nf4"), tmp_path_factory.mktemp("dense") / "model"
+    dequantize(path, folder, "float32")
+    packed = load_model(path, dtype=torch.float32)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return lambda: copy.deepcopy(packed), lambda: copy.deepcopy(dense)
 
 
 def logits(model, kind, **settings):
