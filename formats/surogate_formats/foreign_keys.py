@@ -19,6 +19,7 @@ _OTHERS_NAMES = {
     "lora_r": "lora_rank",
     "target_modules": "lora_target_modules",
     "load_in_4bit": "qlora_bnb",
+    "qlora_nf4": "qlora_bnb",
     "load_in_8bit": "qlora_fp8",
     "bnb_4bit_use_double_quant": "qlora_bnb_double_quant",
     "double_quant": "qlora_bnb_double_quant",

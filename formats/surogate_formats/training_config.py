@@ -138,12 +138,13 @@ KEYS: dict[str, _Key] = {
 """Every key of the specification, Surogate's spellings of two of them, and its other keys of the adapter."""
 
 
-def load_training_config(path: str | Path, *, strict: bool = False) -> TrainingConfig:
+def load_training_config(path: str | Path, *, strict: bool = False, format_name: str | None = None) -> TrainingConfig:
     """Reads a training file.
 
     Args:
         path: the YAML file.
         strict: refuse every key that is not ours.
+        format_name: the format that was chosen elsewhere, which settles what a file with two leaves open.
 
     Raises:
         TrainingConfigError: the file can't be read, is no mapping, or gives a key a value that it can't have.
@@ -158,9 +159,8 @@ def load_training_config(path: str | Path, *, strict: bool = False) -> TrainingC
     for key, value in data.items():
         if key in KEYS and value is not None:
             _assign(values, Path(path), key, value)
-    return replace(
-        _build(Path(path), values), ignored=tuple(map(str, ignored)), without_effect=without_effect(data, KEYS)
-    )
+    built = _build(Path(path), values, format_name)
+    return replace(built, ignored=tuple(map(str, ignored)), without_effect=without_effect(data, KEYS))
 
 
 def _assign(values: dict[str, dict[str, Any]], path: Path, key: str, value: Any) -> None:
@@ -178,9 +178,9 @@ def _assign(values: dict[str, dict[str, Any]], path: Path, key: str, value: Any)
         place[name] = not parsed if inverted else parsed
 
 
-def _build(path: Path, values: dict[str, dict[str, Any]]) -> TrainingConfig:
+def _build(path: Path, values: dict[str, dict[str, Any]], chosen: str | None) -> TrainingConfig:
     formats = [name for name, on in values.get("format", {}).items() if on]
-    if len(formats) > 1:
+    if len(formats) > 1 and chosen is None:
         raise TwoFormatsError(f"{shown(path)}: {' and '.join(formats)} are both on; leave one")
     by_format = {name: values[name] for name in FORMATS if name in values}
     nf4 = by_format.get("nf4", {})
@@ -196,7 +196,7 @@ def _build(path: Path, values: dict[str, dict[str, Any]]) -> TrainingConfig:
     except UsageError as error:
         raise TrainingConfigError(f"{shown(path)}: {error}") from error
     return TrainingConfig(
-        format_name=formats[0] if formats else None,
+        format_name=chosen if chosen in formats else formats[0] if formats else None,
         by_format=by_format,
         recipe=recipe,
         lora=lora,

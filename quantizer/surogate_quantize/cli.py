@@ -221,7 +221,7 @@ def _training(out: Out, arguments: dict[str, Any]) -> TrainingConfig:
     from surogate_formats.training_config import UnknownKeyError, load_training_config
 
     path, name = arguments["config"], arguments["format_name"]
-    training = load_training_config(path)
+    training = load_training_config(path, format_name=name)
     if training.ignored and arguments["strict"]:
         raise UnknownKeyError(
             f"{path}: not keys of ours: {', '.join(training.ignored)}; leave out --strict to pass over them"

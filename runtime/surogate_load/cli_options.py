@@ -18,7 +18,7 @@ _FLAGS = {"`revision`": "--revision", "`token`": "--token"}
 
 
 def known_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Prints an error of ours as one line and exits: 1, or 2 where the request was wrong."""
+    """Prints an error of ours as one line and exits: 1, or 2 where the request was wrong; 130 after Ctrl-C."""
 
     @wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -34,6 +34,9 @@ def known_errors(command: Callable[P, None]) -> Callable[P, None]:
                 text = text.replace(parameter, flag)
             click.echo(f"Error: {text}", err=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)  # as shells have it for SIGINT; click's own 1 would be that of a damaged artifact
 
     return guarded
 

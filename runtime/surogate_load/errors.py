@@ -89,6 +89,14 @@ class UnrecordedSaveError(ArtifactError):
     """A packed model was saved in a way that no manifest can be written for."""
 
 
+class NoAdapterError(UsageError):
+    """A model has no adapter that could be saved."""
+
+
+class InPlaceDequantizationError(UsageError):
+    """A packed model is asked to become a dense one where it stands."""
+
+
 class NoLayersError(UsageError):
     """Decoder layers are to be compiled, and the model has none that transformers names."""
 
@@ -107,6 +115,10 @@ class UnreadableAdapterError(UsageError):
 
 class UnreadableStateError(UsageError):
     """A file of scaling state is damaged, or another model's or recipe's."""
+
+
+class ForeignTextError(UsageError):
+    """Tokens that the model doesn't know, none at all, or windows that are longer than it takes."""
 
 
 class NoTokenizerError(UsageError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +19,14 @@ from surogate_load.block_evaluation import evaluate_blocks
 from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_load.device_choice import default_dtype, memory_errors, reachable
 from surogate_load.divergence import Evaluation, evaluate, windows
+from surogate_load.errors import ForeignTextError
 from surogate_load.load_keywords import chosen_dtype
 from surogate_load.loading import load_model
 from surogate_load.local import open_local
-from surogate_load.lora_factors import NotPlainAdapterError, read_factors
+from surogate_load.lora_factors import NotPlainAdapterError, check_shapes, read_factors
 from surogate_load.model_tensors import PackedTensors
-from surogate_load.saved_adapter import check_saved, with_adapter
-from surogate_load.tokenizer import need_tokenizer
-
-INIT = "init"
-"""Names the adapter that was made with the artifact."""
+from surogate_load.saved_adapter import INIT, check_saved, with_adapter
+from surogate_load.tokenizer import check_tokens, need_tokenizer
 
 
 class UnreadableTextError(UsageError):
@@ -40,10 +39,6 @@ class UnreadableModelError(UsageError):
 
 CONTEXT = 1024
 """Tokens of a window by default."""
-
-
-class ForeignTextError(UsageError):
-    """Tokens that the model doesn't know, or windows that are longer than it takes."""
 
 
 def evaluate_artifact(
@@ -84,6 +79,8 @@ def evaluate_artifact(
     content = _read(text)
     if not Path(against).is_dir():
         raise UnreadableModelError(f"{against}: no such directory; give that of the dense model, with its tokenizer")
+    if is_packed(Path(against)):
+        raise UnreadableModelError(f"{against}: is packed; give the dense model that {artifact} was made from")
     tokens = need_tokenizer(against)(content, add_special_tokens=False)["input_ids"]
     reached = reachable(device)
     with open_local(artifact) as opened, memory_errors(opened, reached):
@@ -99,10 +96,20 @@ def evaluate_artifact(
         return _evaluate_whole(opened, against, ids, reached, chosen, folder)
 
 
+def is_packed(directory: Path) -> bool:
+    """Whether its config.json says so; one that can't be read is left to whoever loads the model."""
+    try:
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool({"quantization_config", "compression_config"} & config.keys())
+
+
 def _evaluate_blocks(
     opened: Artifact, against: str | Path, ids: Tensor, device: torch.device, dtype: torch.dtype, folder: Any
 ) -> Evaluation:
     factors = {} if folder is None else read_factors(folder)
+    check_shapes(factors, opened.modules, folder)
     try:
         checkpoint = Checkpoint.open(against)
     except CheckpointError as error:
@@ -134,10 +141,7 @@ def _longest(config: Mapping[str, Any]) -> int:
 
 
 def _check_ids(ids: Tensor, vocabulary: int, longest: int) -> None:
-    if (largest := int(ids.max())) >= vocabulary:
-        raise ForeignTextError(
-            f"the text has token {largest}, and the model knows {vocabulary}: is the tokenizer its own?"
-        )
+    check_tokens(ids, vocabulary)
     if ids.shape[1] > longest:
         raise ForeignTextError(f"--context {ids.shape[1]}: the model takes {longest} tokens; lower it")
 

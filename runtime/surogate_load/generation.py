@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from surogate_load.architecture import need_transformers
-from surogate_load.errors import NoTokenizerError
+from surogate_load.errors import ForeignTextError, NoTokenizerError
 from surogate_load.loading import load_model
 from surogate_load.local import local_directory
 from surogate_load.saved_adapter import check_saved, with_adapter
-from surogate_load.tokenizer import need_tokenizer
+from surogate_load.tokenizer import check_tokens, need_tokenizer
 
 
 def generate(
@@ -44,6 +44,7 @@ def generate(
 
     Raises:
         NoTokenizerError: the artifact has none, or no chat template where `chat` asks for it.
+        ForeignTextError: the prompt is empty, or has tokens that the model doesn't know.
         UnreadableAdapterError: there is no such adapter, or it isn't this model's.
         Everything that `load_model` raises.
     """
@@ -58,6 +59,7 @@ def generate(
     if adapter is not None:
         model = with_adapter(model, adapter)
     given = _encode(tokenizer, prompt, bool(tokenizer.chat_template) if chat is None else chat).to(device)
+    _check(given["input_ids"], model)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():
         ids = model.eval().generate(
@@ -69,6 +71,12 @@ def generate(
         )
     said: str = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
     return said
+
+
+def _check(ids: torch.Tensor, model: Any) -> None:
+    if not ids.numel():
+        raise ForeignTextError("the prompt has no tokens; write something in it")
+    check_tokens(ids, model.get_input_embeddings().num_embeddings)
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

@@ -19,7 +19,7 @@ from surogate_formats.checkpoint import TensorInfo
 from surogate_formats.layouts import Layout, layout_of_config
 from surogate_formats.layouts.surogate import METHOD, METHODS
 from surogate_formats.packed_weights import ACTIVATION_SCALES, find_packed_weights
-from surogate_load.errors import MismatchedModelError, UnsupportedModuleError
+from surogate_load.errors import InPlaceDequantizationError, MismatchedModelError, UnsupportedModuleError
 from surogate_load.experts.conversion import ExpertsConverter
 from surogate_load.experts.module import QuantizedExperts
 from surogate_load.experts.plug_in import PackedExperts
@@ -98,6 +98,12 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """`torch.compile` traces through the ops."""
         return True
+
+    def _dequantize(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        """Refuses `model.dequantize()`: a dense model is made by the file, not in memory."""
+        raise InPlaceDequantizationError(
+            "a packed model isn't made dense where it stands: surogate-load dequantize ARTIFACT --out DIR writes one"
+        )
 
     def get_new_dtype(
         self, converter: WeightRenaming | WeightConverter, param: Any, dtype: torch.dtype | None

@@ -43,12 +43,15 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("subfolder", "variant"), "an artifact is a whole directory or repository"),
     **dict.fromkeys(("config", "state_dict", "key_mapping", "ignore_mismatched_sizes", "weights_only"), _OWN_FILES),
     "use_safetensors": "artifacts are safetensors, and nothing else",
-    "low_cpu_mem_usage": "nothing dense is ever made; leave it out",
     "output_loading_info": "whatever it would report is an error here",
     "trust_remote_code": "an artifact holds no code; load_model runs transformers' own architectures",
     "adapter_kwargs": "load the adapter with peft.PeftModel.from_pretrained(model, DIR)",
 }
 """Keywords of `from_pretrained` that a packed model can't honour, and what to do instead."""
+
+
+GIVEN_ANYWAY = ("low_cpu_mem_usage",)
+"""Keywords that ask for what happens in any case."""
 
 
 class Keywords(NamedTuple):
@@ -71,6 +74,8 @@ def sort_keywords(keywords: Mapping[str, Any], config_keys: Collection[str] = ()
     """
     found = Keywords({}, {}, {})
     for key, value in keywords.items():
+        if key in GIVEN_ANYWAY:
+            continue
         if key in REFUSED:
             raise UsageError(f"load_model: {key} has no place here: {REFUSED[key]}")
         if key in SWITCHES:
@@ -93,15 +98,19 @@ def nearest(word: str, known: tuple[str, ...]) -> str:
 def chosen_device(device: str | torch.device | None, device_map: Any) -> str | torch.device:
     """The one device that `device`, or transformers' `device_map`, names; the CPU by default.
 
+    `device_map="auto"` is the GPU, if there is one.
+
     Raises:
-        UsageError: a map over several devices, `auto`, or two different devices.
+        UsageError: a map over several devices, or two different devices.
     """
     named = device_map
+    if named == "auto":
+        named = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else None
     if isinstance(device_map, Mapping):
         named = device_map[""] if device_map.keys() == {""} else "several devices"
     if isinstance(named, int):
         named = f"cuda:{named}"
-    if named in ("auto", "balanced", "balanced_low_0", "sequential", "several devices", "disk"):
+    if named in ("balanced", "balanced_low_0", "sequential", "several devices", "disk"):
         raise UsageError(f"load_model: device_map={device_map!r} has no place here: {_ONE_DEVICE}")
     if device is not None and named is not None and str(device) != str(named):
         raise UsageError(f"load_model: device is {device}, device_map says {named}; give one of them")

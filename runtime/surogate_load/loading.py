@@ -21,7 +21,7 @@ from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, n
 from surogate_load.local import open_local, say_unused
 from surogate_load.model_recipe import set_recipe
 from surogate_load.recipes.device import check_device
-from surogate_load.saved_adapter import check_saved, with_adapter
+from surogate_load.saved_adapter import INIT, check_saved, with_adapter
 from surogate_load.step.regional import compile_layers
 
 
@@ -36,7 +36,7 @@ def load_model(
     activation_memory: float | None = None,
     device_map: Any = None,
     torch_dtype: torch.dtype | str | None = None,
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     **keywords: Any,
@@ -65,7 +65,7 @@ def load_model(
         device_map: transformers' name for `device`, where it names one.
         torch_dtype: transformers' former name for `dtype`.
         adapter: `init` starts from the adapter that `surogate-quantize --adapter-init` wrote beside the weights: a
-            `PeftModel`, trainable; PEFT's own defaults decide its dtype.
+            `PeftModel`, trainable; PEFT's own defaults decide its dtype. A directory goes on with one that PEFT saved.
         revision: branch, tag or commit on the Hub.
         token: for the Hub; None takes HF_TOKEN or the stored login.
         keywords: fields of `surogate_formats.recipe.Recipe`, over those that the artifact records; or keywords of
@@ -85,6 +85,7 @@ def load_model(
         UnknownArchitectureError: transformers can't make a model from config.json.
         PackedExpertsError, UnsupportedModuleError: a packed weight has no linear layer or experts to live in.
         ArtifactError, CheckpointError: the artifact is damaged, is not this model's, or is packed as we don't read.
+        UnreadableAdapterError: `adapter` names none, or none of this model.
         MissingExtraError: transformers is not installed.
     """
     chosen_on = chosen_device(device, device_map)
@@ -93,13 +94,10 @@ def load_model(
         raise UsageError(f"load_model: compile={compile!r} is neither 'layers' nor None")
     if activation_memory is not None and not 0 <= activation_memory <= 1:
         raise UsageError(f"load_model: activation_memory={activation_memory} is not between 0 and 1")
-    if adapter not in (None, "init"):
-        raise UsageError(
-            f"load_model: adapter={adapter!r} is neither 'init' nor None; PeftModel.from_pretrained loads others"
-        )
     with open_local(artifact, revision, token) as opened:
-        if adapter is not None:
-            check_saved(opened.path / ADAPTER)
+        folder = opened.path / ADAPTER if adapter == INIT else adapter
+        if folder is not None:
+            check_saved(folder)
         if str(chosen_on) != "meta":  # else each rank looks at what it reads
             check_scales(opened)
         say_unused(opened)
@@ -120,7 +118,7 @@ def load_model(
             set_recipe(model, chosen, emulate=emulate)
     if compile is not None:
         compile_layers(model, activation_memory)
-    return model if adapter is None else with_adapter(model, opened.path / ADAPTER, trainable=True)
+    return model if folder is None else with_adapter(model, folder, trainable=True)
 
 
 def choose_recipe(recorded: Recipe, name: str | None, switches: dict[str, Any]) -> Recipe:

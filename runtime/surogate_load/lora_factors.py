@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,17 @@ def read_factors(folder: str | Path) -> dict[str, LoraFactors]:
     except Exception as error:  # safetensors' and the system's own
         raise UnreadableAdapterError(f"{path}: can't be read ({one_line(error)})") from error
     return dict(_paired(tensors, config, folder))
+
+
+def check_shapes(factors: Mapping[str, LoraFactors], modules: Mapping[str, Sequence[int]], folder: Any) -> None:
+    """Raises `UnreadableAdapterError` where a module [N, K] of that name takes no such product."""
+    for name, factor in factors.items():
+        shape = (factor.b.shape[0], factor.a.shape[1])
+        if name in modules and shape != tuple(modules[name]):
+            raise UnreadableAdapterError(
+                f"{folder}: is no adapter for this model (its product for {name} is {list(shape)}, the weight "
+                f"{list(modules[name])})"
+            )
 
 
 def _plain_config(folder: str | Path) -> Any:

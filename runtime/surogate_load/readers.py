@@ -17,11 +17,11 @@ READERS: dict[tuple[str, str], dict[str, str]] = {
         **_OWN,
         "transformers": "stays packed; needs the package bitsandbytes",
         "vLLM": "with the package vllm-bnb-plugin",
-        "SGLang": "",
+        "SGLang": "not run",
     },
-    ("fp4", "compressed-tensors"): {**_OWN, "transformers": _DENSE, "vLLM": "from SM75", "SGLang": ""},
-    ("fp8", "compressed-tensors"): {**_OWN, "transformers": _DENSE, "vLLM": "from SM75", "SGLang": ""},
-    ("fp8", "hf-fp8"): {**_OWN, "transformers": "dense below SM89", "vLLM": "", "SGLang": "", "Surogate": ""},
+    ("fp4", "compressed-tensors"): {**_OWN, "transformers": _DENSE, "vLLM": "from SM75", "SGLang": "not run"},
+    ("fp8", "compressed-tensors"): {**_OWN, "transformers": _DENSE, "vLLM": "from SM75", "SGLang": "not run"},
+    ("fp8", "hf-fp8"): {**_OWN, "transformers": "dense below SM89", "vLLM": "", "SGLang": "not run", "Surogate": ""},
     ("fp4", "modelopt"): {
         **_OWN,
         "transformers": _WITH_US,
@@ -49,7 +49,7 @@ NOT_BF16: dict[tuple[str, str], dict[str, str]] = {
 
 WITH_EXPERTS: dict[tuple[str, str], dict[str, str]] = {
     ("nf4", "surogate"): {},
-    ("nf4", "bitsandbytes"): {"transformers": "not these experts (an error at load)"},
+    ("nf4", "bitsandbytes"): {"transformers": "not these experts (an error at load)", "vLLM": "not run"},
     ("fp4", "compressed-tensors"): {
         "transformers": "reads the experts wrongly, without an error; refused where surogate_load is imported"
     },

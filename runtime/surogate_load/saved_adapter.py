@@ -10,6 +10,9 @@ from surogate_load.errors import UnreadableAdapterError
 
 _LOG = logging.getLogger("surogate_load")
 
+INIT = "init"
+"""Names the adapter that was made with an artifact."""
+
 _SAID = 240
 """Characters of what PEFT says that reach the error's line: its first line is a heading."""
 

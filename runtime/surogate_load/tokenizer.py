@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from surogate_load.architecture import need_transformers, one_line
-from surogate_load.errors import NoTokenizerError
+from surogate_load.errors import ForeignTextError, NoTokenizerError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 """Any of them makes a tokenizer; without one transformers makes an empty one, or fails in many lines."""
@@ -31,3 +31,11 @@ def need_tokenizer(directory: str | Path) -> Any:
     if (tokenizer := load_tokenizer(directory)) is None:
         raise NoTokenizerError(f"{directory}: has no tokenizer; put its files beside config.json")
     return tokenizer
+
+
+def check_tokens(ids: Any, vocabulary: int) -> None:
+    """Raises `ForeignTextError` where a tensor has tokens that a model of so many doesn't know."""
+    if (largest := int(ids.max())) >= vocabulary:
+        raise ForeignTextError(
+            f"the text has token {largest}, and the model knows {vocabulary}: is the tokenizer its own?"
+        )

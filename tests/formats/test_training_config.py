@@ -243,7 +243,7 @@ def test_strict_refuses_the_first_foreign_key(load):
         ("qlora_fb8", "qlora_fp8"),
         ("qlora_bnb_blocksize", "qlora_bnb_block_size"),
         ("qlora_bnb_double_quantization", "qlora_bnb_double_quant"),
-        ("qlora_nf4", "qlora_fp4"),
+        ("qlora_nf8", "qlora_fp8"),
         ("amax_history_length", "amax_history_len"),
         ("amax_algo", "amax_compute_algo"),
         ("reduce_amx", "reduce_amax"),
@@ -280,6 +280,8 @@ def test_two_formats_are_refused(first, load):
         with pytest.raises(TwoFormatsError, match="are both on"):
             load(f"{first}: true\n{other}: true\n")
         assert load(f"{first}: true\n{other}: false\n").format_name is not None
+        chosen = load(f"{first}: true\n{other}: true\n", format_name="fp4").format_name
+        assert chosen == "fp4" or "qlora_fp4" not in (first, other)
 
 
 WRONG_VALUES = {

@@ -173,7 +173,7 @@ def test_without_a_token_or_an_answer(hub, artifact, load):
         (load("push", artifact, REPO, HF_HUB_OFFLINE="1", **WRITE), 1, ("offline",)),
         (load("push", artifact, "a--b/c"), 2, ("a--b/c", "no name on the Hub")),
         (load("push", artifact, REPO, "--base-model", "a--b/c"), 2, ("a--b/c", "no name on the Hub")),
-        (load("push", "nowhere", REPO), 1, ("no token",)),
+        (load("push", "nowhere", REPO, HF_HUB_OFFLINE="1"), 1, ("nowhere", "no such directory")),
     ):
         refused(done, status, *words)
         assert len(done.stderr.splitlines()) == 1  # no line of the card's before the error

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from runtime.artifacts import write_artifact
 from runtime.layers import KINDS
 from runtime.test_cli import write_tokenizer
+from safetensors.torch import load_file, save_file
 
 from surogate_formats.artifact import ADAPTER, Artifact
 from surogate_formats.checkpoint import Checkpoint
@@ -21,7 +22,8 @@ from surogate_load.block_evaluation import NoRoomForActivationsError, evaluate_b
 from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_load.cli import main
 from surogate_load.divergence import evaluate
-from surogate_load.evaluation import ForeignTextError, evaluate_artifact
+from surogate_load.errors import ForeignTextError, UnreadableAdapterError
+from surogate_load.evaluation import evaluate_artifact
 from surogate_load.loading import load_model
 from surogate_load.lora_factors import NotPlainAdapterError, read_factors
 from surogate_load.model_tensors import PackedTensors
@@ -192,6 +194,20 @@ def test_other_adapters_are_evaluated_on_whole_models(artifact, tmp_path, caplog
     assert found.mean_kl != measured(artifact)[0].mean_kl
 
 
+def test_an_adapter_of_another_model_is_refused_before_anything_is_loaded(artifact, tmp_path, monkeypatch):
+    folder = adapter_for(artifact, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = {
+        name: tensor[..., :32].clone() if "lora_A" in name else tensor for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file)
+    monkeypatch.setattr(evaluation, "BlockRunner", None)
+    with pytest.raises(
+        UnreadableAdapterError, match=r"is no adapter for this model \(its product for .*_proj is \[\d+, 32\]"
+    ):
+        measured(artifact, adapter=folder)
+
+
 def test_what_the_text_may_not_be(artifact, monkeypatch):
     with pytest.raises(ForeignTextError, match=r"--context 97: the model takes 96 tokens; lower it"):
         measured(artifact, context=97)
@@ -224,10 +240,6 @@ def test_the_command(artifact, tmp_path):
 
 
 def test_factors_that_are_none(artifact, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    from surogate_load.errors import UnreadableAdapterError
-
     folder = adapter_for(artifact, tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)

@@ -196,11 +196,35 @@ def test_evaluate_against_what_can_not_be_loaded(artifact, tmp_path):
         (bare, "has no tokenizer; put its files beside config.json"),
         (wrong, "its tokenizer can't be loaded"),
         (broken, "its model can't be loaded"),
+        (artifact("fp8-tensor"), "is packed; give the dense model that"),
     ):
         found = run("evaluate", artifact("nf4"), "--against", against, "--text", text, "--context", 16)
         assert (found.exit_code, found.stdout) == (2, ""), repr(found.exception)
         assert found.stderr.startswith(f"Error: {against}: {message}")
         assert found.stderr.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line_and_the_status_that_shells_expect(artifact, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Artifact, "verify", interrupted)
+    done = run("verify", artifact("nf4"))
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
+def test_prompts_that_no_model_takes(artifact, tmp_path):
+    path = tmp_path / "artifact"
+    shutil.copytree(artifact("nf4"), path)
+    write_tokenizer(path)
+    empty = run("generate", path, "")
+    assert (empty.exit_code, empty.stderr) == (2, "Error: the prompt has no tokens; write something in it\n")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["z"] = 64
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    foreign = run("generate", path, "xyz")
+    assert (foreign.exit_code, foreign.stderr.count("\n")) == (2, 1)
+    assert "the text has token 64, and the model knows 64: is the tokenizer its own?" in foreign.stderr
 
 
 def test_evaluation_is_the_definition(artifact):

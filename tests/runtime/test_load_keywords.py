@@ -36,7 +36,7 @@ def test_what_has_no_place_says_what_to_do(artifact, key):
     [
         ({"attn_implmentation": "eager"}, "did you mean 'attn_implementation'"),
         ({"attn_implementation": "nonsense"}, "transformers refuses attn_implementation='nonsense' ("),
-        ({"device_map": "auto"}, "device_map='auto' has no place here: a packed model goes to one device"),
+        ({"device_map": "balanced"}, "device_map='balanced' has no place here: a packed model goes to one device"),
         ({"device_map": {"model": 0, "lm_head": 1}}, "a packed model goes to one device"),
         ({"device": "cuda", "device_map": "cpu"}, "device is cuda, device_map says cpu"),
         ({"dtype": "int8"}, "dtype 'int8' is none of bfloat16, float16, float32"),
@@ -64,6 +64,13 @@ def test_wrong_keywords(artifact, arguments, message):
 )
 def test_the_one_device(device, device_map, chosen):
     assert chosen_device(device, device_map) == chosen
+
+
+def test_what_scripts_pass_anyway(artifact, monkeypatch):
+    assert load_model(artifact("nf4"), device_map="auto", low_cpu_mem_usage=True).device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen_device(None, "auto") == "cuda"
+    assert chosen_device("cpu", "auto") == "cpu"
 
 
 def test_the_one_dtype(artifact):

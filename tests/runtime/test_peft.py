@@ -10,8 +10,14 @@ from safetensors.torch import load_file
 
 from surogate_formats.artifact import Artifact
 from surogate_formats.recipe import Recipe
-from surogate_load import load_model
-from surogate_load.errors import DenseInitializationError, MergeUnsupportedError
+from surogate_load import load_model, save_adapter
+from surogate_load.errors import (
+    DenseInitializationError,
+    InPlaceDequantizationError,
+    MergeUnsupportedError,
+    NoAdapterError,
+    UnreadableAdapterError,
+)
 from surogate_load.model_recipe import set_recipe
 from surogate_load.peft_layer import QuantizedLoraLinear, register
 from surogate_load.recipes.token_gradient import AdapterLinear
@@ -126,6 +132,31 @@ def test_several_adapters_and_none(artifact):
         with model.disable_adapter():
             assert torch.equal(model(IDS).logits, base)
     assert not torch.equal(first, base)
+
+
+def test_a_saved_adapter_is_gone_on_with(artifact, tmp_path):
+    model = peft.get_peft_model(
+        load_model(artifact("nf4")), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    save_adapter(model, tmp_path / "adapter")
+    again = load_model(artifact("nf4"), adapter=tmp_path / "adapter")
+    saved = dict(model.named_parameters())
+    trained = {name: parameter for name, parameter in again.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in trained.items())
+    with pytest.raises(UnreadableAdapterError, match=r"no adapter_config\.json"):
+        load_model(artifact("nf4"), adapter=tmp_path)
+
+
+def test_what_has_no_adapter_saves_none(artifact, tmp_path):
+    with pytest.raises(NoAdapterError, match=r"^LlamaForCausalLM is no PeftModel: there is no adapter to save$"):
+        save_adapter(load_model(artifact("nf4")), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_making_it_dense_in_place_is_one_clear_error(artifact):
+    with pytest.raises(InPlaceDequantizationError, match=r"surogate-load dequantize ARTIFACT --out DIR writes one$"):
+        load_model(artifact("nf4")).dequantize()
 
 
 def test_dropout_acts_in_training_only(artifact):

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from surogate_load.errors import NoAdapterError
+
 
 def save_adapter(model: Any, directory: str | Path) -> None:
     """Writes what PEFT's `save_pretrained` writes: the adapter alone, gathered, by the first rank.
@@ -18,10 +20,15 @@ def save_adapter(model: Any, directory: str | Path) -> None:
     Args:
         model: a `PeftModel`, or DistributedDataParallel around one.
         directory: where it goes; made if missing.
+
+    Raises:
+        NoAdapterError: the model has none.
     """
     import torch.distributed as dist
 
     inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if not hasattr(inner, "peft_config"):
+        raise NoAdapterError(f"{type(inner).__name__} is no PeftModel: there is no adapter to save")
     trained = {name: _whole(parameter) for name, parameter in inner.named_parameters() if parameter.requires_grad}
     joined = dist.is_available() and dist.is_initialized()
     if not joined or dist.get_rank() == 0:

@@ -76,8 +76,8 @@ def push(artifact: str | Path, repo: str, how: Push | None = None, say: Say = la
     for name in (repo, how.base_model):
         if name is not None:
             check_name(name)
-    check_access(repo, how.token)
     with Artifact.open(artifact) as opened, quiet_hub(bars=sys.stderr.isatty()):
+        check_access(repo, how.token)
         opened.verify()
         names = [MANIFEST_NAME, *opened.manifest.sidecars, *(file.name for file in opened.checkpoint.files)]
         lines: list[str] = []
