@@ -46,6 +46,7 @@ DECODER = {
 TIED = {"tie_word_embeddings": True}
 ODD = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 6, "head_dim": 32}
 QWEN3_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 256}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GEMMA3 = {"sliding_window": 64, "query_pre_attn_scalar": 64}
 GPT2 = {"n_embd": 256, "n_inner": 512, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -64,6 +65,7 @@ KINDS = {
     "qwen3": Tiny("Qwen3ForCausalLM", "Qwen3Config", DECODER),
     "qwen3-tied": Tiny("Qwen3ForCausalLM", "Qwen3Config", DECODER | TIED),
     "qwen3-moe": Tiny("Qwen3MoeForCausalLM", "Qwen3MoeConfig", DECODER | QWEN3_EXPERTS),
+    "qwen2-moe": Tiny("Qwen2MoeForCausalLM", "Qwen2MoeConfig", DECODER | QWEN3_EXPERTS | SHARED_EXPERT),
     "mixtral": Tiny("MixtralForCausalLM", "MixtralConfig", DECODER | LOCAL_EXPERTS),
     "gemma3": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", DECODER | TIED | GEMMA3),
     "phi3": Tiny("Phi3ForCausalLM", "Phi3Config", DECODER),

@@ -16,7 +16,7 @@ from surogate_quantize.calibration.block_pass import BlockPass
 from surogate_quantize.calibration.inputs import Sums
 
 ROWS = torch.randint(3, 90, (24, 600), generator=torch.Generator().manual_seed(0))
-FAMILIES = ("qwen3-moe", "mixtral")
+FAMILIES = ("qwen3-moe", "mixtral", "qwen2-moe")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,12 @@ def divergence(source, out, **loading):
 
 @pytest.mark.parametrize(
     ("family", "name", "parameters"),
-    [("qwen3-moe", "nf4", {}), ("qwen3-moe", "fp4", {"two_d": False}), ("mixtral", "fp8", {"scaling": "channel"})],
+    [
+        ("qwen3-moe", "nf4", {}),
+        ("qwen3-moe", "fp4", {"two_d": False}),
+        ("mixtral", "fp8", {"scaling": "channel"}),
+        ("qwen2-moe", "nf4", {}),
+    ],
 )
 def test_the_same_bytes_say_more(sources, text, tmp_path, family, name, parameters):
     source = sources[family]

@@ -15,6 +15,7 @@ from surogate_quantize.plan import NothingToQuantizeError
 
 ATTENTION = tuple(f"self_attn.{leaf}_proj" for leaf in "qkvo")
 MLP = tuple(f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down"))
+SHARED_EXPERT = tuple(f"mlp.shared_expert.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj"))
 EXPERTS = tuple(f"mlp.experts.{expert}.{leaf}_proj" for expert in range(4) for leaf in ("gate", "up", "down"))
 MIXTRAL_EXPERTS = tuple(f"block_sparse_moe.experts.{expert}.w{i}" for expert in range(4) for i in (1, 2, 3))
 BERT = ("query", "key", "value")
@@ -26,6 +27,7 @@ LINEARS = {
     "qwen3": ("model.layers", ATTENTION + MLP),
     "qwen3-tied": ("model.layers", ATTENTION + MLP),
     "qwen3-moe": ("model.layers", ATTENTION + EXPERTS),
+    "qwen2-moe": ("model.layers", ATTENTION + EXPERTS + SHARED_EXPERT),
     "mixtral": ("model.layers", ATTENTION + MIXTRAL_EXPERTS),
     "gemma3": ("model.layers", ATTENTION + MLP),
     "phi3": ("model.layers", ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
@@ -47,6 +49,7 @@ REASONS = {
     "qwen3": {"norm": 9, "embedding": 1, "lm_head": 1},
     "qwen3-tied": {"norm": 9, "embedding": 1},
     "qwen3-moe": {"norm": 9, "router": 2, "embedding": 1, "lm_head": 1},
+    "qwen2-moe": {"norm": 5, "bias": 6, "router": 4, "embedding": 1, "lm_head": 1},
     "mixtral": {"norm": 5, "router": 2, "embedding": 1, "lm_head": 1},
     "gemma3": {"norm": 13, "embedding": 1},
     "phi3": {"norm": 5, "embedding": 1, "lm_head": 1},
@@ -102,7 +105,7 @@ def test_every_weight_is_what_its_format_makes_of_the_source_or_kept_byte_for_by
     assert ("model.layers.0.mlp.experts" in listed) == (kind == "gpt-oss" and name not in TAKES_EXPERTS_APART)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("gpt2", "qwen3-moe", "mixtral")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("gpt2", "qwen3-moe", "qwen2-moe", "mixtral")])
 def test_every_linear_of_the_model_that_is_not_quantized_is_listed(kind, tiny, tmp_path):
     """Loaders quantize what is not listed, tied heads included."""
     quantize(tiny(kind), tmp_path / "out", options("fp8-tensor"))

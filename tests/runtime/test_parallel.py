@@ -6,6 +6,7 @@ All ranks are started once, and go through `ranks.processes.CHECKS`; the tests l
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from runtime.lora_steps import losses_of_steps
@@ -30,6 +31,7 @@ def paths(artifact, expert_artifact):
     experts = {(family, kind): expert_artifact(family, kind) for family, kind in EXPERTS}
     made = {kind: artifact(kind, num_key_value_heads=4) for kind in {**KINDS, **DDP} if kind != "odd"}
     odd = artifact("nf4", num_key_value_heads=4, intermediate_size=131, attention_bias=True, mlp_bias=True)
+    made["other scales"] = artifact("fp8-tensor", amax=np.float32(1), num_key_value_heads=4)
     return {**made, **experts, "odd": odd, "one layer": artifact("nf4", num_hidden_layers=1)}
 
 
@@ -188,6 +190,13 @@ def test_a_policy_casts_nothing_packed(found, alone, paths, kind):
     assert found["options"][0][f"policy {kind}"] == pytest.approx(alone[kind, "bf16"][0], rel=1e-2)
 
 
+def test_a_loaded_state_is_what_is_multiplied(found):
+    """Scales of fused layers stand beside what is loaded."""
+    one, other, again = found["loaded"][0]
+    assert again == pytest.approx(other, rel=1e-6)
+    assert abs(one - other) > 1e-4
+
+
 def test_two_ranks_save_and_one_goes_on(found, paths, folder):
     saved = found["state"][0]
     assert all("lora_" in name for name in saved["saved"])
@@ -241,6 +250,7 @@ def test_recipes_on_two_ranks(found):
         ("unprepared", "surogate_load.prepare_for_sharding(model) before torch's"),
         ("twice", "the model is sharded already"),
         ("outside", "packed weights are spread over ranks"),
+        ("trained later", "frozen when fully_shard was called"),
         ("saved", "surogate_load.save_adapter(model, DIR)"),
         ("nothing packed", "the model holds no packed layer"),
         ("nvfp4 on meta", "load the model with device='cpu'"),

@@ -22,7 +22,7 @@ class _ReachedError(Exception):
 
 
 def stages(watched: Watched, run: Callable[[], object]) -> list[list[str]]:
-    """The modules in the order in which a block calls them; those with one and the same input stand together.
+    """The modules in the order in which a block calls them; linears with one and the same input stand together.
 
     Args:
         watched: those of the block.
@@ -35,7 +35,7 @@ def stages(watched: Watched, run: Callable[[], object]) -> list[list[str]]:
     inputs: list[Tensor] = []
     for name, x in seen:
         same = next((index for index, other in enumerate(inputs) if other is x), None)
-        if same is None:
+        if same is None or not all(isinstance(watched[each], nn.Linear) for each in (name, *found[same])):
             inputs.append(x)
             found.append([name])
         else:

@@ -52,6 +52,8 @@ class FlatWeights(RowsOfBytes):
     Attributes:
         lines: uint8 [lines, bytes], what ranks divide. A line begins where no block of codes is left unfinished.
         spans: what stands where; the rest is padding, zeros.
+        derived: what holds values that were made of these, and has to make them anew (`derive()`) where others are
+            loaded.
     """
 
     packed_names = ("lines",)
@@ -65,6 +67,9 @@ class FlatWeights(RowsOfBytes):
         self._slots: list[tuple[int, ByteRows]] = []
         self._views: list[Tensor] = []
         self._seen: Tensor | None = None
+        self.derived: list[Any] = []  # modules, but no children of this one
+        self._loaded = False
+        self.register_load_state_dict_post_hook(_note_loading)  # type: ignore[no-untyped-call]
 
     def slot(self, start: int, rows: ByteRows) -> int:
         """A number by which `tensor` gives what begins at a byte."""
@@ -103,6 +108,10 @@ class FlatWeights(RowsOfBytes):
         if self._seen is None or self._seen.data_ptr() != lines.data_ptr():
             self._seen = flat = lines.detach().view(-1)
             self._views = [rows.give(flat[start : start + rows.nbytes]) for start, rows in self._slots]
+        if self._loaded:
+            self._loaded = False
+            for module in self.derived:
+                module.derive()
 
 
 def flatten(unit: nn.Module) -> FlatWeights | None:
@@ -169,6 +178,11 @@ def _move(layer: QuantizedLinear, flat: FlatWeights, starts: dict[str, int]) -> 
         del layer._parameters[name]
     layer.byte_rows = found
     layer.flat = flat, {name: flat.slot(start, found[name]) for name, start in starts.items()}
+
+
+def _note_loading(flat: Any, _: Any) -> None:
+    """What was loaded may be spread over ranks: what is derived from it waits until it is gathered."""
+    flat._loaded = True
 
 
 def _look_first(unit: Any, *_: Any) -> None:

@@ -38,8 +38,8 @@ def prepare_for_sharding(model: nn.Module, units: Iterable[nn.Module] = ()) -> N
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.device.type == "meta"]
     if missing:
         raise UnsupportedShardingError(
-            f"{missing[0]} trains, but has no values: of a model on device='meta' only adapters of packed layers can "
-            "be trained; name those in target_modules"
+            f"{missing[0]} trains, but has no values: of a model on device='meta' only LoRA on packed layers can be "
+            "trained; load it with device='cpu' for anything else"
         )
     split_projections(model)
     for unit in units:

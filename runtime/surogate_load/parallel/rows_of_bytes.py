@@ -89,7 +89,7 @@ def side_by_side(members: Sequence[Any], parts: Sequence[Tensor]) -> tuple[Any, 
     Returns:
         The `FlatWeights` and index to slot; empty where the members have none.
     """
-    if not all(member.flat for member in members):
+    if not all(member.flat for member in members) or len({id(member.flat[0]) for member in members}) > 1:
         return ()
     flat: Any = members[0].flat[0]
     slots = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,8 @@ from surogate_load.parallel.shard_reading import device_of, read_shards
 from surogate_load.step.regional import decoder_layers
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_WHOLE = "_surogate_whole_vectors"
 
 
 def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool | int = True, **options: Any) -> Model:
@@ -56,7 +58,11 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
             "torch's fully_shard on the modules that shall be units"
         )
     prepare_for_sharding(model, layers)
-    ignored = set(options.pop("ignored_params", None) or ()) | _frozen_vectors(layers, options.get("mp_policy"))
+    ignored = set(options.pop("ignored_params", None) or ())
+    for layer in layers:
+        vars(layer)[_WHOLE] = _frozen_vectors(layer, options.get("mp_policy"))
+        layer.register_forward_pre_hook(_refuse_training)
+        ignored.update(_whole(layer))
     options = {"mesh": mesh, "ignored_params": ignored, **options}
     for layer in layers:
         shard(layer, reshard_after_forward=reshard_after_forward, **options)
@@ -72,11 +78,36 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
     return model
 
 
-def _frozen_vectors(layers: Iterable[nn.Module], policy: Any) -> set[nn.Parameter]:
-    """What is too small to be worth dividing, and needs no cast by a policy."""
+def _frozen_vectors(layer: nn.Module, policy: Any) -> list[tuple[nn.Module, str]]:
+    """(module, name there) of what of the base is too small to be worth dividing, and needs no cast by a policy."""
     wanted = getattr(policy, "param_dtype", None)
-    vectors = (each for layer in layers for each in layer.parameters() if each.dim() == 1 and not each.requires_grad)
-    return {each for each in vectors if wanted in (None, each.dtype)}
+    base = ((module, name, module.get_parameter(name)) for module, name in _of_the_base(layer))
+    vectors = ((module, name, each) for module, name, each in base if each.dim() == 1 and not each.requires_grad)
+    return [(module, name) for module, name, each in vectors if wanted in (None, each.dtype)]
+
+
+def _of_the_base(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Parameters that no adapter has: what is frozen of another adapter now may train later."""
+    base = module._modules.get("base_layer")
+    if base is not None:
+        yield from _of_the_base(base)
+        return
+    yield from ((module, name) for name, each in module._parameters.items() if each is not None)
+    for child in module.children():
+        yield from _of_the_base(child)
+
+
+def _whole(layer: nn.Module) -> Iterator[nn.Parameter]:
+    for module, name in vars(layer)[_WHOLE]:
+        yield module._parameters[name]
+
+
+def _refuse_training(layer: nn.Module, *_: Any) -> None:
+    if any(parameter.requires_grad for parameter in _whole(layer)):
+        raise UnsupportedShardingError(
+            "a norm or a bias trains that was frozen when fully_shard was called, and is reduced by no rank: call "
+            "requires_grad_ before it"
+        )
 
 
 def _untied_embedding(model: nn.Module) -> nn.Module | None:

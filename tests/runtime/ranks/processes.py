@@ -13,7 +13,7 @@ from runtime.ranks.data_parallel import ddp, recipes, reduce_amax
 from runtime.ranks.fully_sharded import compiled, experts, hsdp, options, prepared, train
 from runtime.ranks.models import join
 from runtime.ranks.refused import kill_one, refusals
-from runtime.ranks.saving import resumed, state
+from runtime.ranks.saving import loaded, resumed, state
 from runtime.ranks.trainer import trainer, trainer_of_experts
 
 IMPORTED = (
@@ -28,7 +28,7 @@ IMPORTED = (
 
 
 CHECKS = (
-    ddp, reduce_amax, train, experts, options, prepared, compiled, state, recipes, refusals, trainer,
+    ddp, reduce_amax, train, experts, options, prepared, compiled, state, loaded, recipes, refusals, trainer,
     trainer_of_experts, kill_one,
 )  # fmt: skip
 

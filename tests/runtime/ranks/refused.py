@@ -4,7 +4,7 @@ import os
 import signal
 
 import torch
-from runtime.ranks.models import adapted, adapted_experts, layers_of, mesh, sharded
+from runtime.ranks.models import IDS, adapted, adapted_experts, layers_of, mesh, sharded
 
 
 class NotRefusedError(Exception):
@@ -36,6 +36,9 @@ def refusals(paths, folder):
     model = sharded(path)
     expect("twice", lambda: surogate_load.fully_shard(model, mesh=mesh()))
     expect("outside", lambda: next(iter(layers_of(model).values())).dequantize())
+    frozen = sharded(path)
+    frozen.get_base_model().model.layers[0].input_layernorm.weight.requires_grad_(True)
+    expect("trained later", lambda: frozen(input_ids=IDS, labels=IDS))
     expect("saved", lambda: model.get_base_model().save_pretrained(folder / "base"))
     expect("nothing packed", lambda: surogate_load.fully_shard(torch.nn.Linear(2, 2), mesh=mesh()))
     expect("biases on meta", lambda: adapted_experts(paths["gpt-oss", "fp4"], "meta"))

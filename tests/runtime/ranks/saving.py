@@ -20,6 +20,17 @@ def state(paths, folder):
     return {"loss": mean([step(model, optimizer)])[0], "saved": list(weights)}
 
 
+def loaded(paths, folder):
+    """Losses of a sharded model, and of another one that got its state; its scales are others."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    rows = my_share()
+    one, other = sharded(paths["fp8-tensor"]), sharded(paths["other scales"])
+    losses = [model(input_ids=rows, labels=rows).loss.item() for model in (one, other)]
+    set_model_state_dict(one, get_model_state_dict(other))
+    return mean([*losses, one(input_ids=rows, labels=rows).loss.item()])
+
+
 def resume(path, folder):
     """The loss of the step after `state`, from its checkpoint, and from its adapter alone."""
     import peft
