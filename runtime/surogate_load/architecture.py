@@ -7,6 +7,9 @@ from typing import Any
 from surogate_formats.artifact import Artifact
 from surogate_load.errors import MissingExtraError, UnknownArchitectureError
 
+DECLARATIONS = ("quantization_config", "compression_config")
+"""Keys of config.json that say how weights are packed."""
+
 
 def one_line(error: BaseException) -> str:
     """The first line of another library's message, without the full stop."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surogate_load.architecture import model_class, need_transformers, one_line
+from surogate_load.architecture import DECLARATIONS, model_class, need_transformers, one_line
 from surogate_load.block_calls import NoBlocksError
 from surogate_load.model_tensors import ModelTensors
 
-_NOT_THE_MODEL = ("quantization_config", "compression_config", "auto_map")
+_NOT_THE_MODEL = (*DECLARATIONS, "auto_map")
 """Keys of config.json that say how weights are packed, or whose code to run."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from surogate_formats.artifact import ADAPTER, Artifact
 from surogate_formats.checkpoint import Checkpoint
 from surogate_formats.errors import CheckpointError, UsageError
-from surogate_load.architecture import model_class, one_line
+from surogate_load.architecture import DECLARATIONS, model_class, one_line
 from surogate_load.block_evaluation import evaluate_blocks
 from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_load.device_choice import default_dtype, memory_errors, reachable
@@ -79,8 +78,6 @@ def evaluate_artifact(
     content = _read(text)
     if not Path(against).is_dir():
         raise UnreadableModelError(f"{against}: no such directory; give that of the dense model, with its tokenizer")
-    if is_packed(Path(against)):
-        raise UnreadableModelError(f"{against}: is packed; give the dense model that {artifact} was made from")
     tokens = need_tokenizer(against)(content, add_special_tokens=False)["input_ids"]
     reached = reachable(device)
     with open_local(artifact) as opened, memory_errors(opened, reached):
@@ -96,15 +93,6 @@ def evaluate_artifact(
         return _evaluate_whole(opened, against, ids, reached, chosen, folder)
 
 
-def is_packed(directory: Path) -> bool:
-    """Whether its config.json says so; one that can't be read is left to whoever loads the model."""
-    try:
-        config = json.loads((directory / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool({"quantization_config", "compression_config"} & config.keys())
-
-
 def _evaluate_blocks(
     opened: Artifact, against: str | Path, ids: Tensor, device: torch.device, dtype: torch.dtype, folder: Any
 ) -> Evaluation:
@@ -115,6 +103,8 @@ def _evaluate_blocks(
     except CheckpointError as error:
         raise UnreadableModelError(f"{against}: its model can't be loaded ({one_line(error)})") from error
     with checkpoint:
+        if any(checkpoint.config.get(key) for key in DECLARATIONS):
+            raise UnreadableModelError(f"{against}: is packed; give the dense model that {opened.path} was made from")
         model = BlockRunner(PackedTensors(opened), device, dtype)
         _check_ids(ids, model.vocabulary, model.longest)
         return evaluate_blocks(model, BlockRunner(checkpoint, device, dtype), ids, factors)

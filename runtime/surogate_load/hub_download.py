@@ -16,12 +16,12 @@ from surogate_formats.checkpoint.reader import CONFIG
 from surogate_formats.hub_text import hub_errors, not_cached, quiet_hub
 from surogate_formats.layouts.modelopt import SIDECAR
 from surogate_formats.manifest import MANIFEST_NAME, Manifest
+from surogate_load.architecture import DECLARATIONS
 from surogate_load.errors import NotPackedError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_DECLARATIONS = ("quantization_config", "compression_config")
 _BESIDE = (".json", ".txt", ".jinja", ".model", ".spm", ".tiktoken")
 _TEMPLATES = "additional_chat_templates/"
 _SNAPSHOTS, _MODELS = "snapshots", "models--"
@@ -162,4 +162,4 @@ def _declares(path: Path) -> bool:
         config: Any = json.loads(path.read_bytes())
     except ValueError:
         return True  # opening it says what is wrong
-    return not isinstance(config, dict) or any(config.get(key) for key in _DECLARATIONS)
+    return not isinstance(config, dict) or any(config.get(key) for key in DECLARATIONS)

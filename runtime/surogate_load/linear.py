@@ -119,7 +119,7 @@ class QuantizedLinear(RowsOfBytes, nn.Linear):
 
         PEFT moves adapters to where this is: of a layer on device `meta`, whose values come later, to the CPU.
         """
-        codes: Tensor = getattr(self, "weight")  # noqa: B009
+        codes: Tensor = self.weight
         return torch.empty(0, dtype=codes.dtype) if codes.is_meta else codes
 
     def forward(self, x: Tensor) -> Tensor:

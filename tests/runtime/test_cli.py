@@ -190,13 +190,16 @@ def test_evaluate_against_what_can_not_be_loaded(artifact, tmp_path):
     write_tokenizer(broken)
     shutil.copytree(bare, wrong)
     (wrong / "tokenizer.json").write_text("{}")
+    packed = tmp_path / "packed"
+    shutil.copytree(artifact("fp8-tensor"), packed)
+    write_tokenizer(packed)
     shutil.copy(bare / "config.json", broken)
     for against, message in (
         (tmp_path / "nowhere", "no such directory"),
         (bare, "has no tokenizer; put its files beside config.json"),
         (wrong, "its tokenizer can't be loaded"),
         (broken, "its model can't be loaded"),
-        (artifact("fp8-tensor"), "is packed; give the dense model that"),
+        (packed, "is packed; give the dense model that"),
     ):
         found = run("evaluate", artifact("nf4"), "--against", against, "--text", text, "--context", 16)
         assert (found.exit_code, found.stdout) == (2, ""), repr(found.exception)

@@ -16,13 +16,12 @@ from surogate_formats.dtypes import FLOATS, NUMPY
 from surogate_formats.errors import UsageError
 from surogate_formats.foreign import UNUSED
 from surogate_formats.layouts.modelopt import SIDECAR
+from surogate_load.architecture import DECLARATIONS
 from surogate_load.artifact_weights import OpenArtifact
 from surogate_load.export.checkpoint import DenseTensor, whole_directory, write_checkpoint
 from surogate_load.export.fusing import fuse_experts
 from surogate_load.local import open_local
 from surogate_load.weight import TORCH_DTYPES, to_numpy
-
-_DECLARATIONS = ("quantization_config", "compression_config")
 
 _BESIDE = (".json", ".txt", ".jinja", ".model", ".spm", ".tiktoken")
 """What stands beside the weights of others, with neither weights nor code in it."""
@@ -74,7 +73,7 @@ def dense_tensors(artifact: Artifact, dtype: str | None) -> Iterator[DenseTensor
 
 def dense_config(artifact: Artifact, dtype: str | None) -> dict[str, Any]:
     """config.json without its `quantization_config`, and with another dtype if one was asked for."""
-    config = {key: value for key, value in artifact.config.items() if key not in _DECLARATIONS}
+    config = {key: value for key, value in artifact.config.items() if key not in DECLARATIONS}
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     return config

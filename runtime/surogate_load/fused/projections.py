@@ -271,17 +271,6 @@ class _FusedWeight(FixedDtypeModule):
         if self.fits:
             self.link()
 
-    @torch.no_grad()
-    def derive(self) -> None:
-        """Makes anew what is no part of the members' `FlatWeights`, after others were loaded there."""
-        members = self._members[0]
-        fused = fuse([member.kind for member in members], [member.parts for member in members])
-        pairs = [(self._buffers[f"part_{i}"], part) for i, part in enumerate(fused[1] if fused else ())
-                 if i not in self.flat[1]]  # fmt: skip
-        self.fits = bool(pairs) and all(old.shape == new.shape for old, new in pairs)  # type: ignore[union-attr]
-        for old, new in pairs if self.fits else ():
-            old.copy_(new)  # type: ignore[union-attr]
-
     def check(self, *_: Any) -> None:
         """Raises UsageError where what was loaded into all members can't be one weight as they were."""
         if not self.fits:

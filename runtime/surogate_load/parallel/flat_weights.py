@@ -52,7 +52,7 @@ class FlatWeights(RowsOfBytes):
     Attributes:
         lines: uint8 [lines, bytes], what ranks divide. A line begins where no block of codes is left unfinished.
         spans: what stands where; the rest is padding, zeros.
-        derived: what holds values that were made of these, and has to make them anew (`derive()`) where others are
+        derived: what holds values that were made of these, and has to make them anew (`refresh()`) where others are
             loaded.
     """
 
@@ -111,7 +111,7 @@ class FlatWeights(RowsOfBytes):
         if self._loaded:
             self._loaded = False
             for module in self.derived:
-                module.derive()
+                module.refresh()
 
 
 def flatten(unit: nn.Module) -> FlatWeights | None:
