@@ -89,7 +89,6 @@ class ExpertPass:
             for number in range(module.count)
             for name, weight in zip(experts.names(number), module.weights(number), strict=True)
         }
-        self._floor = self._dense[experts.names(0)[0]].shape[1]
 
     def solve(self) -> None:
         """Finds the codes of all experts."""
@@ -102,6 +101,8 @@ class ExpertPass:
                 self._calibrate(self._experts.names(number)[:2], inputs, values)
             for number, inputs in self._inputs(numbers, values, inner=True).items():
                 self._calibrate(self._experts.names(number)[2:], inputs, values)
+            for number in numbers:
+                self._tell_starved(number)
 
     def _calibrate(self, names: list[str], inputs: Inputs, values: dict[str, Tensor]) -> None:
         for name in names:
@@ -115,7 +116,7 @@ class ExpertPass:
         role = 2 if inner else 0
         sums = {number: Sums(self._experts.names(number)[role]) for number in numbers}
         everyone = {number: Sums(self._experts.names(number)[role]) for number in numbers}
-        few = {number for number in numbers if self._tokens(number) < self._floor}
+        few = [number for number in numbers if self._starved(number, self._experts.names(number)[role])]
         for position, (x, wanted, held_out) in enumerate(self._batches()):
             for number in numbers:
                 rows = (self._choices[position] == number).any(-1).nonzero()[:, 0]
@@ -128,8 +129,7 @@ class ExpertPass:
                     if number in few:
                         everyone[number].add(*self._seen(number, x, wanted, values, inner))
         for number in few:
-            self._found.starved[f"{self._experts.name}.{number}"] = sums[number].tokens
-            sums[number].fill(everyone[number], self._floor)
+            sums[number].fill(everyone[number], self._columns(self._experts.names(number)[role]))
         return {number: each.inputs() for number, each in sums.items()}
 
     def _seen(
@@ -147,6 +147,21 @@ class ExpertPass:
         for position in range(count):
             held_out = position == count - 1 and position > 0
             yield self._followed.read(position).flatten(0, -2), self._original.read(position).flatten(0, -2), held_out
+
+    def _columns(self, name: str) -> int:
+        return self._dense[name].shape[1]
+
+    def _starved(self, number: int, name: str) -> bool:
+        """Whether the text gives an expert fewer tokens than one of its weights has columns."""
+        return self._tokens(number) < self._columns(name)
+
+    def _tell_starved(self, number: int) -> None:
+        """One entry for an expert, as they are counted; it names projections where only some of them are starved."""
+        planned = [name for name in self._experts.names(number) if name in self._experts.planned]
+        few = [name for name in planned if self._starved(number, name)]
+        if few:
+            some = "" if few == planned else "." + "/".join(name.rpartition(".")[2] for name in few)
+            self._found.starved[f"{self._experts.name}.{number}{some}"] = self._tokens(number)
 
     def _tokens(self, number: int) -> int:
         """How many the original gives to an expert, the batch that is held out not counted."""

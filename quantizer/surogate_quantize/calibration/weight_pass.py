@@ -32,7 +32,8 @@ class SolvedBlock:
         errors: of each weight, by module: the relative error of its output on held-out text, with codes that are
             nearest, and with those that were found and the adapter.
         updates: of each weight, by module, where an adapter is asked for.
-        starved: tokens that the original gives to an expert, by the expert's name, where those are too few.
+        starved: tokens that the original gives to an expert, by the expert's name, where those are too few; the name
+            ends in `.up_proj` or `.gate_proj/up_proj` where they are too few for these projections alone.
     """
 
     parts: dict[str, Parts] = field(default_factory=dict)
