@@ -28,7 +28,8 @@ from surogate_load.fused.footprint import count_once
 from surogate_load.fused.projections import fuse_projections
 from surogate_load.linear import QuantizedLinear
 from surogate_load.loss.fused_head import fuse_head
-from surogate_load.packed_names import packed_modules, read_infos, reader, stored_name
+from surogate_load.packed_names import Places, packed_modules, read_places, reader, stored_name
+from surogate_load.reading.hook import read_directly
 from surogate_load.recoding import as_stored, must_restore, restores, restoring
 from surogate_load.saving import Origin, record_saves
 from surogate_load.stored_specs import stored_specs
@@ -79,6 +80,12 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         self._experts = PackedExperts(self.layout, self.format)
         self._dtypes: dict[str, torch.dtype] = {}
         self.origin: Origin | None = None
+        self.places: Places = {}
+
+    @property
+    def packed_parameters(self) -> Collection[str]:
+        """Full names in the model of all packed parameters."""
+        return self._packed
 
     @property
     def stored_names(self) -> dict[str, str]:
@@ -150,8 +157,9 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
                 yield name, (layer, dtypes.get(stored, NAMES[layer.compute_dtype]))
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        infos = read_infos(kwargs["checkpoint_files"])
-        found = find_packed_weights(self.layout, self.format, infos, reader(kwargs["checkpoint_files"]))
+        self.places = read_places(kwargs["checkpoint_files"])
+        infos = {name: info for name, (_, info) in self.places.items()}
+        found = find_packed_weights(self.layout, self.format, infos, reader(self.places))
         self.format, self._stored_format = found.format, found.stored or found.format
         _, companion, *_ = self.layout.suffixes[self.format.name].values()
         dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]
@@ -174,6 +182,7 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         self.origin = Origin.read(kwargs["checkpoint_files"][0], self._packed)
         record_saves()
         count_once()
+        read_directly()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for module in model.modules():

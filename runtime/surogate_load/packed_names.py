@@ -13,19 +13,19 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from surogate_formats.checkpoint import TensorInfo, read_header
 from surogate_load.errors import MismatchedModelError, PackedExpertsError
 
-
-def read_infos(files: Sequence[str]) -> dict[str, TensorInfo]:
-    """Every tensor of safetensors files by name; headers alone are read."""
-    return {name: info for file in files for name, info in read_header(Path(file)).tensors.items()}
+Places = Mapping[str, tuple[str, TensorInfo]]
+"""Every tensor of safetensors files: name to its file, and where it stands there."""
 
 
-def reader(files: Sequence[str]) -> Callable[[str], bytes]:
-    """Gives the bytes of a tensor of safetensors files by its name."""
-    places: dict[str, tuple[str, TensorInfo]] = {}
+def read_places(files: Sequence[str]) -> dict[str, tuple[str, TensorInfo]]:
+    """Finds them; headers alone are read."""
+    return {name: (file, info) for file in files for name, info in read_header(Path(file)).tensors.items()}
+
+
+def reader(places: Places) -> Callable[[str], bytes]:
+    """Gives the bytes of a tensor by its name."""
 
     def read(name: str) -> bytes:
-        if not places:  # most layouts never ask
-            places.update({tensor: (file, info) for file in files for tensor, info in read_infos([file]).items()})
         file, info = places[name]
         with Path(file).open("rb") as opened:
             opened.seek(info.start)

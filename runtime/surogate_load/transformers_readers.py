@@ -19,7 +19,7 @@ from surogate_formats.layouts import LAYOUTS, QUANT_METHODS
 from surogate_formats.manifest import Manifest
 from surogate_load.errors import PackedExpertsError
 from surogate_load.experts.finding import find_experts
-from surogate_load.packed_names import read_infos
+from surogate_load.packed_names import read_places
 
 _LOG = logging.getLogger("surogate_load")
 
@@ -95,7 +95,8 @@ def _wrong_experts(model: nn.Module, files: Sequence[str], key: tuple[str, str])
     if key not in WRONG_EXPERTS:
         return None
     name, layout = key
+    infos = {tensor: info for tensor, (_, info) in read_places(files).items()}
     *_, companion = LAYOUTS[layout].suffixes[name].values()
-    for found in find_experts(model, read_infos(files), companion).values():
+    for found in find_experts(model, infos, companion).values():
         return f"transformers reads {found.stored} wrongly (huggingface/transformers#48371)"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,18 @@ class QuantizedExperts(RowsOfBytes, nn.Module):
             self.register_parameter(f"{name}_bias", getattr(original, f"{name}_bias"))
         for name in list(original._parameters):
             delattr(original, name)
+
+    def stored_tensors(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Each packed parameter's name, and the names on disk of what is stacked in it, expert by expert.
+
+        Nothing of what a layout stores in another form.
+        """
+        for name, projection in self.projections.items():
+            weights = [f"{number}.{role}" for number in range(projection.kind.experts) for role in projection.roles]
+            for part, (suffix, _) in projection.tensors.items():
+                if suffix:
+                    tensors = tuple(f"{self.stored}.{weight}.{suffix}" for weight in weights)
+                    yield projection.parameter(name, part), tensors
 
     @property
     def packed_values(self) -> int:

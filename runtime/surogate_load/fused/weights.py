@@ -25,7 +25,8 @@ def fuse(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:
         parts: of each, in the order of `WeightKind.specs`.
 
     Returns:
-        The kind, and new tensors: the rows of each member's codes are a part of the codes.
+        The kind, and its tensors: the rows of each member's codes are a part of the codes. They share memory with the
+        members' where those stand side by side in it.
     """
     fuse_format = _FUSE[type(kinds[0].format)]
     return fuse_format(kinds, parts) if len({(kind.format, kind.shape[1]) for kind in kinds}) == 1 else None
@@ -36,10 +37,24 @@ def _shape(kinds: Sequence[WeightKind]) -> tuple[int, int]:
 
 
 def _below(parts: Sequence[Parts], index: int) -> Tensor:
-    """The same part of each, below each other; as bytes, since not every dtype can be concatenated."""
+    """The same part of each, below each other; as bytes, since not every dtype can be concatenated.
+
+    Where they stand so already, as a load puts them, nothing is copied.
+    """
     members = [each[index] for each in parts]
+    if _adjoin(members):
+        rows = sum(len(member) for member in members)
+        return members[0].detach().as_strided((rows, *members[0].shape[1:]), members[0].stride())
     joined = torch.cat([member.view(torch.uint8) for member in members])
     return joined.view(members[0].dtype)
+
+
+def _adjoin(members: Sequence[Tensor]) -> bool:
+    """Whether each begins in memory where the one before it ends."""
+    ends = [member.data_ptr() + member.nbytes for member in members]
+    in_one = len({member.untyped_storage().data_ptr() for member in members}) == 1
+    whole = all(member.is_contiguous() and member.numel() for member in members)
+    return in_one and whole and [member.data_ptr() for member in members[1:]] == ends[:-1]
 
 
 def _nf4(kinds: Sequence[WeightKind], parts: Sequence[Parts]) -> Fused | None:

@@ -86,11 +86,7 @@ def _stacked(experts: QuantizedExperts) -> Iterator[Place]:
         raise UnsupportedShardingError(
             f"{experts.stored} have biases, which are read whole: load the model with device='cpu', then shard it"
         )
-    for name, projection in experts.projections.items():
-        weights = [f"{number}.{role}" for number in range(projection.kind.experts) for role in projection.roles]
-        for part, (suffix, _) in projection.tensors.items():
-            tensors = tuple(f"{experts.stored}.{weight}.{suffix}" for weight in weights)
-            yield Place(experts, projection.parameter(name, part), tensors)
+    yield from (Place(experts, name, tensors) for name, tensors in experts.stored_tensors())
 
 
 def _names(model: Any, artifact: Artifact, stacked: Set[str]) -> Iterator[tuple[str, str]]:
