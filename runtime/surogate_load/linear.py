@@ -13,7 +13,7 @@ from surogate_formats.layouts import Layout
 from surogate_load.parallel.rows_of_bytes import RowsOfBytes
 from surogate_load.placement import Mover, cast_by, move_only
 from surogate_load.recipes.bf16 import Bf16
-from surogate_load.recipes.layer import RecipeLayer
+from surogate_load.recipes.layer import PackedWeight, RecipeLayer
 from surogate_load.recipes.product import Adapter, Placement, multiply_with_adapters
 from surogate_load.weight import WeightKind, empty_part
 
@@ -147,6 +147,13 @@ class QuantizedLinear(RowsOfBytes, nn.Linear):
                 y = multiply_with_adapters(x.to(dtype), bias, [cast], place, operands)
         return y if autocast else y.to(x.dtype)
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Has the recipe look at the weight, which has its values by now, or others than before."""
+        self.recipe.settle(PackedWeight("", self.kind, self.parts))
+        if self.shared_input:
+            self.shared_input[0].adopt_recipes()
+
     def reset_parameters(self) -> None:
         """Does nothing: packed weights have no random state."""
 
@@ -162,6 +169,12 @@ class QuantizedLinear(RowsOfBytes, nn.Linear):
         if name == "weight" and self.flat:
             return self.flat[0].lines
         return super().__getattr__(self.part_names[0] if name == "weight" else name)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        found = any(prefix + name in state_dict for name in self.packed_names)
+        if found and not self.byte_rows and not self.parts[0].is_meta:  # else once it is gathered
+            self.settle()
 
     def _apply(self, fn: Mover, recurse: bool = True) -> QuantizedLinear:
         if self.byte_rows:  # no cast changes bytes

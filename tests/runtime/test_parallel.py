@@ -91,9 +91,8 @@ def test_two_ranks_under_fsdp2_train_as_one(found, alone, kind):
             torch.testing.assert_close(rank[kind]["trained"][name], parameter, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "odd", "fp4", "fp8-modelopt", "nf4-none"])
+@pytest.mark.parametrize("kind", ["nf4", "odd", "fp4", "fp8-modelopt", "nf4-none", "fp8-block"])
 def test_a_rank_keeps_and_reads_its_half(found, paths, kind):
-    """Of fp8-block the tiny weights are one tile or two each, which no rank may cut."""
     divided = (64 * 128 * 2 + 128) * 2  # embedding, head and the last norm
     whole = 4 * 128 * 2  # the layers' norms
     whole += 2 * (5 * 128 + 2 * 131) * 2 if kind == "odd" else 0  # biases
@@ -104,7 +103,7 @@ def test_a_rank_keeps_and_reads_its_half(found, paths, kind):
         assert rank[kind]["read"] == pytest.approx((packed + divided) / RANKS + whole, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "odd", "fp4", "fp8-modelopt", "nf4-none"])
+@pytest.mark.parametrize("kind", ["nf4", "odd", "fp4", "fp8-modelopt", "nf4-none", "fp8-block"])
 def test_what_is_frozen_in_a_decoder_layer_is_gathered_at_once(found, kind):
     """And q, k, v and gate, up are multiplied as one, as on one rank: not where they have biases."""
     for rank in found["train"]:
@@ -132,15 +131,6 @@ def test_no_line_of_a_unit_begins_inside_a_block(kind, columns):
     taken = [(span.start, span.start + span.size) for span in flat.spans]
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(sorted(taken)))
     assert taken and max(end for _, end in taken) <= flat.lines.numel()
-
-
-def test_a_unit_too_small_for_many_ranks_stays_as_it_is():
-    from runtime.layers import make_layer
-
-    layer, _ = make_layer("fp8-block", (384, 128), bias=False)
-    assert flatten(torch.nn.Sequential(layer)) is None
-    assert not layer.flat
-    assert layer.parts[0].shape == (384, 128)
 
 
 def packed_bytes(path):

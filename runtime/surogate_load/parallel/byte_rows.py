@@ -79,12 +79,10 @@ def expert_rows(tensors: Mapping[str, Tensor]) -> dict[str, ByteRows]:
 
 
 def block_bytes(kind: WeightKind) -> int:
-    """Codes of so many bytes, or of a multiple, hold whole blocks; tiles of NVFP4 have their scale in each row."""
+    """Codes of so many bytes, or of a multiple, hold whole blocks; those of tiles have no such rows of bytes."""
     if isinstance(kind.format, NF4):
         return kind.format.block_size // 2
-    if isinstance(kind.format, NVFP4):
-        return BLOCK // 2
-    return TILE * kind.shape[1] if isinstance(kind.format, FP8) and kind.format.scaling == "block" else 1
+    return BLOCK // 2 if isinstance(kind.format, NVFP4) else 1
 
 
 def _units(kind: WeightKind) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surogate_load.errors import ShardedWeightError
-from surogate_load.fused.groups import groups_of
+from surogate_load.fused.groups import side_by_side
 from surogate_load.linear import QuantizedLinear
 from surogate_load.parallel.byte_rows import ByteRows, block_bytes, byte_rows
 from surogate_load.parallel.rows_of_bytes import RowsOfBytes
@@ -24,9 +24,6 @@ ALIGNED = 256
 
 VECTOR = 16
 """Bytes at whose multiples everything else begins: what a thread of a kernel reads at once."""
-
-LEAST_LINES = 32
-"""With fewer lines, ranks would keep too unequal parts."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ class FlatWeights(RowsOfBytes):
     """Packed tensors of several layers, each of which finds its own by `tensor`.
 
     Attributes:
-        lines: uint8 [lines, bytes], what ranks divide. A line begins where no block of codes is left unfinished.
+        lines: uint8 [lines, bytes], what ranks divide. A line begins where no block of codes is left unfinished; tiles
+            of 128x128 alone may end on another rank than they begin: their rows are too far apart for lines.
         spans: what stands where; the rest is padding, zeros.
         derived: what holds values that were made of these, and has to make them anew (`refresh()`) where others are
             loaded.
@@ -112,6 +110,8 @@ class FlatWeights(RowsOfBytes):
             self._loaded = False
             for module in self.derived:
                 module.refresh()
+            for layer in {id(span.layer): span.layer for span in self.spans}.values():
+                layer.settle()
 
 
 def flatten(unit: nn.Module) -> FlatWeights | None:
@@ -123,7 +123,7 @@ def flatten(unit: nn.Module) -> FlatWeights | None:
         unit: that `fully_shard` will be called on; its layers must not be fused.
 
     Returns:
-        The child; None, and nothing is changed, where there is too little to divide.
+        The child; None, and nothing is changed, where there is nothing packed, or not on one device.
     """
     layers = [module for module in unit.modules() if isinstance(module, QuantizedLinear) and not module.byte_rows]
     tensors = [layer.get_parameter(name) for layer in layers for name in layer.packed_names]
@@ -132,8 +132,6 @@ def flatten(unit: nn.Module) -> FlatWeights | None:
     spans = list(_spans(unit, layers))
     line = lcm(ALIGNED, *(block_bytes(layer.kind) for layer in layers))
     count = -(-max(span.start + span.size for span in spans) // line)
-    if count < LEAST_LINES:
-        return None
     flat = FlatWeights(torch.zeros(count, line, dtype=torch.uint8, device=tensors[0].device), spans)
     for layer in layers:
         _move(layer, flat, {span.name: span.start for span in spans if span.layer is layer})
@@ -144,7 +142,7 @@ def flatten(unit: nn.Module) -> FlatWeights | None:
 
 def _spans(unit: nn.Module, layers: Sequence[QuantizedLinear]) -> Iterator[Span]:
     end = 0
-    for run in _runs(unit, layers):
+    for run in side_by_side(unit, layers):
         for number, (layer, name) in enumerate(run):
             codes = name == layer.part_names[0]
             apart, adjoining = (ALIGNED, block_bytes(layer.kind)) if codes else (1, 1)
@@ -153,19 +151,6 @@ def _spans(unit: nn.Module, layers: Sequence[QuantizedLinear]) -> Iterator[Span]
             size = layer.get_parameter(name).nbytes
             yield Span(layer, name, end, size)
             end += size
-
-
-def _runs(unit: nn.Module, layers: Sequence[QuantizedLinear]) -> Iterator[list[tuple[QuantizedLinear, str]]]:
-    """Every packed tensor once, in lists of those that should stand side by side."""
-    grouped: set[tuple[QuantizedLinear, str]] = set()
-    for _, _, members in groups_of(unit):
-        if len({member.kind.format for member in members}) == 1 and set(members) <= set(layers):
-            for names in zip(*(member.part_names for member in members), strict=True):
-                run = list(zip(members, names, strict=True))
-                grouped.update(run)
-                yield run
-    for layer in layers:
-        yield from ([(layer, name)] for name in layer.packed_names if (layer, name) not in grouped)
 
 
 @torch.no_grad()

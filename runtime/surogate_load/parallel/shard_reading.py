@@ -13,7 +13,6 @@ from surogate_load.linear import QuantizedLinear
 from surogate_load.parallel.flat_weights import FlatWeights
 from surogate_load.parallel.shard_reader import ShardReader
 from surogate_load.parallel.stored_places import Place, stored_places
-from surogate_load.recipes.layer import PackedWeight
 
 
 def read_shards(model: nn.Module, *, on_cpu: bool = False, ignored: Set[nn.Parameter] = frozenset()) -> None:
@@ -88,15 +87,14 @@ def _settle(model: nn.Module) -> None:
         if not waiting and "flat_weights" not in unit._modules:
             continue
         unit.unshard()
-        with torch.no_grad():
-            for name, layer in waiting:
-                layer.recipe.settle(PackedWeight(name, layer.kind, layer.parts))
+        for layer in waiting:
+            layer.settle()
         if "flat_weights" in unit._modules:
             fuse_projections(unit)
         unit.reshard()
 
 
-def _waiting(unit: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    for name, module in unit.named_modules():
+def _waiting(unit: nn.Module) -> Iterator[QuantizedLinear]:
+    for module in unit.modules():
         if isinstance(module, QuantizedLinear) and module.recipe.waits:
-            yield name, module
+            yield module

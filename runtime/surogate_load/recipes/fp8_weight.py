@@ -50,7 +50,8 @@ class E4m3Source(FixedDtypeModule):
     """How a format becomes an E4M3 operand, and the power of two that takes; derived from the artifact, so not saved.
 
     Attributes:
-        multiplier: float32 [1]; 1 for FP8.
+        own: float32 [1], the power of two of this weight; 1 for FP8.
+        multiplier: float32 [1], that or a smaller one where several weights are multiplied as one.
         inverse: float32 [1], its reciprocal.
         one: float32 [1], the scale of codes that are taken as they stand.
         measured: whether the power of two is the weight's.
@@ -58,6 +59,7 @@ class E4m3Source(FixedDtypeModule):
             several with scales of their own.
     """
 
+    own: Tensor
     multiplier: Tensor
     inverse: Tensor
     one: Tensor
@@ -69,15 +71,19 @@ class E4m3Source(FixedDtypeModule):
         self.measured = isinstance(weight.kind.format, FP8)
         if not self.measured and not weight.parts[0].is_meta:
             multiplier, self.measured = _multiplier(weight), True
-        self.register_buffer("multiplier", multiplier, persistent=False)
+        self.register_buffer("own", multiplier, persistent=False)
+        self.register_buffer("multiplier", multiplier.clone(), persistent=False)
         self.register_buffer("inverse", 1 / multiplier, persistent=False)
         self.register_buffer("one", torch.ones(1), persistent=False)
         self.by_row = False
 
     def measure(self, weight: PackedWeight) -> None:
-        """Finds the power of two of a weight that had no values before."""
-        self.multiplier.copy_(_multiplier(weight))
-        self.inverse.copy_(1 / self.multiplier)
+        """Finds the power of two of a weight that had no values before, or others."""
+        if isinstance(weight.kind.format, FP8):
+            return
+        self.own.copy_(_multiplier(weight))
+        self.multiplier.copy_(self.own)
+        self.inverse.copy_(1 / self.own)
         self.measured = True
 
     def operand(self, kind: WeightKind, parts: Parts) -> E4m3Weight:
@@ -88,10 +94,15 @@ class E4m3Source(FixedDtypeModule):
     @staticmethod
     def unite(sources: Sequence[E4m3Source], kind: WeightKind) -> None:
         """Gives weights that are multiplied as one, of this kind, the same power of two, which keeps all below 448."""
-        least = torch.stack([source.multiplier for source in sources]).amin(0)
+        least = torch.stack([source.own for source in sources]).amin(0)
         by_row = isinstance(kind.format, FP8) and kind.format.scaling == "channel"
+        first = sources[0]
+        if any(source.multiplier is not first.multiplier for source in sources):
+            first.multiplier, first.inverse = torch.empty_like(least), torch.empty_like(least)
+        first.multiplier.copy_(least)  # where it stands: a captured graph knows addresses
+        first.inverse.copy_(1 / least)
         for source in sources:
-            source.multiplier, source.inverse, source.by_row = least, 1 / least, by_row
+            source.multiplier, source.inverse, source.by_row = first.multiplier, first.inverse, by_row
 
 
 def _multiplier(weight: PackedWeight) -> Tensor:

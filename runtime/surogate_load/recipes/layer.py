@@ -37,7 +37,7 @@ class RecipeLayer(FixedDtypeModule):
     waits = False
 
     def settle(self, weight: PackedWeight) -> None:
-        """Looks at the weight, which has its values by now."""
+        """Looks at the weight, which has its values by now, or others than before."""
 
     def operands(self, kind: WeightKind, parts: tuple[Tensor, ...]) -> Operands:
         """What the layer multiplies with now.
