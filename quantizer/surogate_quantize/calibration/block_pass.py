@@ -11,7 +11,8 @@ from torch import Tensor
 
 from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_quantize.calibration.activations import Activations
-from surogate_quantize.calibration.expert_pass import BlockExperts, ExpertPass, block_experts
+from surogate_quantize.calibration.block_experts import BlockExperts, block_experts
+from surogate_quantize.calibration.expert_pass import ExpertPass
 from surogate_quantize.calibration.inputs import original_inputs
 from surogate_quantize.calibration.observing import Linears, Watched, choices_of, stages
 from surogate_quantize.calibration.originals import FoundInputs, KeptInputs, OriginalInputs

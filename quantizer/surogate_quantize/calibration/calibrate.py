@@ -22,6 +22,7 @@ from surogate_load.block_runner import BlockRunner, NoBlocksError
 from surogate_load.tokenizer import load_tokenizer
 from surogate_quantize.bands import MIB, MemoryBudgetError, in_words
 from surogate_quantize.calibration.adapter import ALPHA, write_adapter
+from surogate_quantize.calibration.block_experts import sums_bytes
 from surogate_quantize.calibration.block_pass import BlockPass, streams_of
 from surogate_quantize.calibration.estimate import PassSize
 from surogate_quantize.calibration.saving import save
@@ -115,11 +116,21 @@ class Calibration:
         widest = max(tensor.info.shape[1] for tensor in self._tensors.values())
         blocks = max(size for block, size in sizes.items() if block)
         needed = BASE_CALIBRATED + sizes[""] + BLOCKS * blocks + MATRICES * 8 * widest**2
+        needed += self._sums_of_experts()
         if needed > max_memory:
             raise MemoryBudgetError(
                 f"`max_memory` {in_words(max_memory)}: calibrating {self._runner.name} takes about {needed // MIB} "
                 "MiB (a block in float32, its solver's matrices, embeddings)"
             )
+
+    def _sums_of_experts(self) -> int:
+        """Bytes of sums that wait for their turn in the solver, where experts are calibrated."""
+        experts = {name: tensor.info.shape for name, tensor in self._tensors.items() if self._runner.share(name) < 1}
+        if not experts or self._plan.options.codes != "calibrated":
+            return 0
+        outer = self._runner.width
+        inner = max(rows if columns == outer else columns for rows, columns in experts.values())
+        return sums_bytes(outer, inner, len({name.rpartition(".")[0] for name in experts}))
 
     @property
     def room(self) -> int:
@@ -159,6 +170,7 @@ class Calibration:
         return PassSize(
             shapes=tuple(tensor.info.shape for tensor in self._tensors.values()),
             shares=tuple(self._runner.share(module) for module in self._tensors),
+            width=self._runner.width,
             blocks=self._runner.count,
             tokens=self._tokens,
             row=self._length,

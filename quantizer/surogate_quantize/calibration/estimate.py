@@ -40,6 +40,7 @@ class PassSize:
     Attributes:
         shapes: [N, K] of each weight that is quantized.
         shares: of the tokens, that each weight multiplies: an expert's few.
+        width: of hidden states.
         blocks: of the model.
         tokens: of text.
         row: tokens of a row.
@@ -51,6 +52,7 @@ class PassSize:
 
     shapes: tuple[tuple[int, ...], ...]
     shares: tuple[float, ...]
+    width: int
     blocks: int
     tokens: int
     row: int
@@ -69,11 +71,26 @@ class PassSize:
         squares = LEADERS * columns * (2 * self.streams - 1)
         spectra = sum(min(shape) ** 2 * max(shape) for shape in self.shapes)
         return (
-            2 * self.tokens * (used * runs + squares)
+            2 * self.tokens * (used * runs + squares + self._of_everyone)
             + EACH_VALUE * values * self.solves
             + EACH_SVD * spectra * self.adapts
             + 2 * self.tokens * self.written / WRITING
         )
+
+    @property
+    def _of_everyone(self) -> float:
+        """Operations for each token, whoever's it is, that stand in for those that experts lack.
+
+        Gates and ups share a sum a block, which is always counted, as no router is even; each down has its own, of what
+        its expert's gate and up make of all tokens in both streams.
+        """
+        pairs = zip(self.shapes, self.shares, strict=True)
+        experts = [(*shape, share * self.tokens) for shape, share in pairs if share < 1]
+        if not experts or not self.solves:
+            return 0
+        downs = [(rows, columns) for rows, columns, tokens in experts if columns != self.width and tokens < columns]
+        shared = 2 * self.width**2 * self.blocks
+        return shared + sum(4 * rows * columns + 2 * columns**2 for rows, columns in downs)
 
     def seconds(self, device: str) -> float:
         """On `cpu` or `cuda`, with the threads that torch has now."""

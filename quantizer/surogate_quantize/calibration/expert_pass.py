@@ -7,54 +7,16 @@ it sees in the original; a router's choice for them may differ by little.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surogate_load.experts.apart import ExpertsApart
+from surogate_quantize.calibration.block_experts import BlockExperts, experts_at_once
 from surogate_quantize.calibration.inputs import Inputs, Sums
-from surogate_quantize.calibration.observing import Linears
 from surogate_quantize.calibration.originals import KeptInputs
 from surogate_quantize.calibration.streams import Follower
 from surogate_quantize.calibration.weight_pass import SolvedBlock, WeightPass
-
-SUMS_AT_A_TIME = 256 << 20
-"""Bytes of sums, two float64 [K, K] for each expert, for which all batches are read once."""
-
-
-@dataclass(frozen=True)
-class BlockExperts:
-    """The experts of a block.
-
-    Attributes:
-        name: full name of the experts in the checkpoint.
-        module: they themselves.
-        planned: full names of those of their weights that are quantized.
-    """
-
-    name: str
-    module: ExpertsApart
-    planned: frozenset[str]
-
-    def __contains__(self, name: str) -> bool:
-        """Whether a weight is one of theirs."""
-        return name.startswith(f"{self.name}.")
-
-    def names(self, number: int) -> list[str]:
-        """The full names of an expert's gate, up and down."""
-        return [f"{self.name}.{number}.{role}" for role in self.module.roles]
-
-
-def block_experts(block: nn.Module, linears: Linears) -> BlockExperts | None:
-    """The experts of a block whose weights are to be quantized; None if there are none."""
-    for module in block.modules():
-        if isinstance(module, ExpertsApart):
-            own = {id(linear) for linear in module.modules()}
-            planned = frozenset(name for name, linear in linears.items() if id(linear) in own)
-            if planned:
-                return BlockExperts(next(iter(planned)).rsplit(".", 2)[0], module, planned)
-    return None
 
 
 class ExpertPass:
@@ -92,31 +54,32 @@ class ExpertPass:
 
     def solve(self) -> None:
         """Finds the codes of all experts."""
-        widest = max(weight.shape[1] for weight in self._dense.values())
-        at_once = max(1, SUMS_AT_A_TIME // (2 * 8 * widest**2))
+        gate, _, down = self._experts.names(0)
+        at_once = experts_at_once(self._columns(gate), self._columns(down))
         for first in range(0, self._experts.module.count, at_once):
             numbers = list(range(first, min(first + at_once, self._experts.module.count)))
             values: dict[str, Tensor] = {}
-            for number, inputs in self._inputs(numbers, {}).items():
-                self._calibrate(self._experts.names(number)[:2], inputs, values)
-            for number, inputs in self._inputs(numbers, values, inner=True).items():
-                self._calibrate(self._experts.names(number)[2:], inputs, values)
+            self._calibrate(slice(2), self._inputs(numbers, {}), values)
+            self._calibrate(slice(2, 3), self._inputs(numbers, values, inner=True), values)
             for number in numbers:
                 self._tell_starved(number)
 
-    def _calibrate(self, names: list[str], inputs: Inputs, values: dict[str, Tensor]) -> None:
-        for name in names:
-            if name in self._experts.planned:
-                values[name] = self._weights.calibrate(name, self._weights.rounded(name), inputs, self._found)
-                for follower in self._followers:
-                    follower.take(name, values[name])
+    def _calibrate(self, roles: slice, known: dict[int, Inputs], values: dict[str, Tensor]) -> None:
+        """Takes inputs out of `known` one by one: what the solver makes of them is as large as they are."""
+        for number in list(known):
+            inputs = known.pop(number)
+            for name in self._experts.names(number)[roles]:
+                if name in self._experts.planned:
+                    values[name] = self._weights.calibrate(name, self._weights.rounded(name), inputs, self._found)
+                    for follower in self._followers:
+                        follower.take(name, values[name])
 
     def _inputs(self, numbers: list[int], values: Mapping[str, Tensor], *, inner: bool = False) -> dict[int, Inputs]:
         """What gate and up are given, or with `inner` what down is, by the number of the expert."""
         role = 2 if inner else 0
         sums = {number: Sums(self._experts.names(number)[role]) for number in numbers}
-        everyone = {number: Sums(self._experts.names(number)[role]) for number in numbers}
         few = [number for number in numbers if self._starved(number, self._experts.names(number)[role])]
+        everyone = {number: Sums(self._experts.names(number)[role]) for number in few} if inner else {}
         for position, (x, wanted, held_out) in enumerate(self._batches()):
             for number in numbers:
                 rows = (self._choices[position] == number).any(-1).nonzero()[:, 0]
@@ -126,11 +89,21 @@ class ExpertPass:
                 sums[number].hold_out(*pair)
                 if not held_out:
                     sums[number].add(*pair)
-                    if number in few:
+                    if number in everyone:
                         everyone[number].add(*self._seen(number, x, wanted, values, inner))
         for number in few:
-            sums[number].fill(everyone[number], self._columns(self._experts.names(number)[role]))
+            others = everyone.pop(number) if inner else self._everyone
+            sums[number].fill(others, self._columns(self._experts.names(number)[role]))
         return {number: each.inputs() for number, each in sums.items()}
+
+    @cached_property
+    def _everyone(self) -> Sums:
+        """What all tokens are to gate and up, whatever the expert: summed up once a block, and not for each of many."""
+        sums = Sums(self._experts.name)
+        for x, wanted, held_out in self._batches():
+            if not held_out:
+                sums.add(x, wanted)
+        return sums
 
     def _seen(
         self, number: int, x: Tensor, wanted: Tensor, values: Mapping[str, Tensor], inner: bool
