@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +26,46 @@ class CalibrationTextError(UsageError):
 def rows_of_file(path: Path, tokenizer: Any, rows: int, length: int) -> Tensor:
     """int64 [rows, length] of a file: its text one after the other, cut into rows.
 
+    Rows of text begin with `first_token`: models are trained on, and write, rows that do. Those of a file whose first
+    line has `input_ids` are cut from its ids as they are.
+
     Args:
         path: a file of UTF-8 text; `.jsonl`: a line an object with `text`, or with `input_ids`.
         tokenizer: of the model; None for a file of ids.
         rows: how many at most; fewer where the text ends.
-        length: tokens of a row.
+        length: tokens of a row, the first one among them.
 
     Raises:
         CalibrationTextError: it can't be read, or has less than one row.
     """
+    pieces = _pieces(path)
+    first: str | list[int] = next(pieces, [])
+    start = first_token(tokenizer) if isinstance(first, str) and tokenizer is not None else None
+    each = length if start is None else length - 1
     ids: list[int] = []
-    for piece in _pieces(path):
-        if isinstance(piece, str) and tokenizer is None:
-            raise CalibrationTextError(
-                f"`calibration_text` {path}: the model has no tokenizer; give a .jsonl file with `input_ids`"
-            )
-        ids += tokenizer(piece, add_special_tokens=False)["input_ids"] if isinstance(piece, str) else piece
-        if len(ids) >= rows * length:
+    for piece in chain([first], pieces):
+        ids += piece if isinstance(piece, list) else _tokenized(piece, tokenizer, path)
+        if len(ids) >= rows * each:
             break
-    count = min(len(ids) // length, rows)
+    count = min(len(ids) // each, rows)
     if not count:
         raise CalibrationTextError(
-            f"`calibration_text` {path}: has {len(ids)} tokens, and a row takes {length}; give more text"
+            f"`calibration_text` {path}: has {len(ids)} tokens, and a row takes {each}; give more text"
         )
-    return torch.tensor(ids[: count * length]).reshape(count, length)
+    found = torch.tensor(ids[: count * each]).reshape(count, each)
+    return found if start is None else torch.cat([torch.full((count, 1), start), found], 1)
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """The token that begins texts, else that which ends them; None if a tokenizer has neither."""
+    found: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return found
 
 
 def written_rows(model: Any, tokenizer: Any, rows: int, length: int, seed: int) -> Iterator[Tensor]:
     """What a model writes, int64 [some rows, length] at a time: sampled at temperature 1, all tokens allowed.
 
-    Each row starts with the token that begins texts, and one ordinary token at random.
+    Each row starts with `first_token`, and one ordinary token at random.
 
     Args:
         model: of transformers.
@@ -65,7 +76,7 @@ def written_rows(model: Any, tokenizer: Any, rows: int, length: int, seed: int) 
     """
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = first_token(tokenizer)
     pad = next(iter(sorted(special)), 0)
     for first in range(0, rows, ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, rows - first)
@@ -125,6 +136,15 @@ def _pieces(path: Path) -> Iterator[str | list[int]]:
                     yield _of_line(json.loads(line), f"{path}, line {number}")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CalibrationTextError(f"`calibration_text` {path}: can't be read ({one_line(error)})") from error
+
+
+def _tokenized(text: str, tokenizer: Any, path: Path) -> list[int]:
+    if tokenizer is None:
+        raise CalibrationTextError(
+            f"`calibration_text` {path}: the model has no tokenizer; give a .jsonl file with `input_ids`"
+        )
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _of_line(data: Any, where: str) -> str | list[int]:
