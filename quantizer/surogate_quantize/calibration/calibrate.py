@@ -28,13 +28,8 @@ from surogate_quantize.calibration.estimate import PassSize
 from surogate_quantize.calibration.saving import save
 from surogate_quantize.calibration.store import SolvedBlocks
 from surogate_quantize.calibration.streams import Streams
-from surogate_quantize.calibration.text import (
-    CalibrationTextError,
-    check_writes,
-    file_sha256,
-    rows_of_file,
-    written_rows,
-)
+from surogate_quantize.calibration.text import check_writes, rows_of_file, written_rows
+from surogate_quantize.calibration.text_file import CalibrationTextError, file_sha256
 from surogate_quantize.calibration.weight_pass import ROUNDS
 from surogate_quantize.calibration_options import ROW, CalibrationOptions
 from surogate_quantize.engine import Engine

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -12,15 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surogate_formats.errors import UsageError
-from surogate_load.architecture import one_line
+from surogate_quantize.calibration.text_file import CalibrationTextError, text_pieces
 
 ROWS_AT_ONCE = 36
 """Rows that the model writes at a time."""
-
-
-class CalibrationTextError(UsageError):
-    """There is no text to calibrate on, or none that can be used."""
 
 
 def rows_of_file(path: Path, tokenizer: Any, rows: int, length: int) -> Tensor:
@@ -32,13 +25,13 @@ def rows_of_file(path: Path, tokenizer: Any, rows: int, length: int) -> Tensor:
     Args:
         path: a file of UTF-8 text; `.jsonl`: a line an object with `text`, or with `input_ids`.
         tokenizer: of the model; None for a file of ids.
-        rows: how many at most; fewer where the text ends.
+        rows: how many at most; fewer where the text ends. What follows them isn't looked at.
         length: tokens of a row, the first one among them.
 
     Raises:
         CalibrationTextError: it can't be read, or has less than one row.
     """
-    pieces = _pieces(path)
+    pieces = text_pieces(path)
     first: str | list[int] = next(pieces, [])
     start = first_token(tokenizer) if isinstance(first, str) and tokenizer is not None else None
     each = length if start is None else length - 1
@@ -109,35 +102,6 @@ def check_writes(model: Any) -> None:
         )
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file of text.
-
-    Raises:
-        CalibrationTextError: it can't be read.
-    """
-    try:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-        return digest.hexdigest()
-    except OSError as error:
-        raise CalibrationTextError(f"`calibration_text` {path}: can't be read ({error.strerror}); check it") from error
-
-
-def _pieces(path: Path) -> Iterator[str | list[int]]:
-    try:
-        if path.suffix != ".jsonl":
-            yield path.read_text("utf-8")
-            return
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _of_line(json.loads(line), f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CalibrationTextError(f"`calibration_text` {path}: can't be read ({one_line(error)})") from error
-
-
 def _tokenized(text: str, tokenizer: Any, path: Path) -> list[int]:
     if tokenizer is None:
         raise CalibrationTextError(
@@ -145,13 +109,3 @@ def _tokenized(text: str, tokenizer: Any, path: Path) -> list[int]:
         )
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
-
-
-def _of_line(data: Any, where: str) -> str | list[int]:
-    if isinstance(data, dict) and isinstance(data.get("text"), str):
-        text: str = data["text"]
-        return text
-    ids = data.get("input_ids") if isinstance(data, dict) else None
-    if isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids):
-        return ids
-    raise CalibrationTextError(f"`calibration_text` {where}: is no object with `text` or `input_ids`")
