@@ -6,6 +6,7 @@ Packed tensors are parameters under their names on disk, so transformers fills t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from surogate_load.fused.footprint import count_once
 from surogate_load.fused.projections import fuse_projections
 from surogate_load.linear import QuantizedLinear
 from surogate_load.loss.fused_head import fuse_head
-from surogate_load.packed_names import Places, packed_modules, read_places, reader, stored_name
+from surogate_load.packed_names import packed_modules, stored_name
 from surogate_load.reading.hook import read_directly
+from surogate_load.reading.places import Places, manifest_beside, read_places, reader
 from surogate_load.recoding import as_stored, must_restore, restores, restoring
 from surogate_load.saving import Origin, record_saves
 from surogate_load.stored_specs import stored_specs
@@ -179,7 +181,8 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dtypes = {name: each.dtype for name, each in model.named_parameters() if name not in self._packed}
         self._pass_over_unused(model, infos)
         _untie(model, self._stored_names)
-        self.origin = Origin.read(kwargs["checkpoint_files"][0], self._packed)
+        files = kwargs["checkpoint_files"]
+        self.origin = Origin(Path(files[0]).parent, manifest_beside(files), frozenset(self._packed))
         record_saves()
         count_once()
         read_directly()

@@ -20,6 +20,7 @@ from surogate_load.hub_download import repository_of
 from surogate_load.load_keywords import Keywords, chosen_device, chosen_dtype, nearest, sort_keywords
 from surogate_load.local import open_local, say_unused
 from surogate_load.model_recipe import set_recipe
+from surogate_load.reading.places import being_loaded
 from surogate_load.recipes.device import check_device
 from surogate_load.saved_adapter import INIT, check_saved, with_adapter
 from surogate_load.step.regional import compile_layers
@@ -140,9 +141,15 @@ def _read_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, ke
     config.quantization_config = claim(artifact.quantization_config)
     loading = {**keywords.loading, **({} if device.type == "cpu" else {"device_map": {"": device}})}
     try:
-        model, report = model_class(artifact.config).from_pretrained(
-            str(artifact.path), config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **loading
-        )
+        with being_loaded(artifact):
+            model, report = model_class(artifact.config).from_pretrained(
+                str(artifact.path),
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                **loading,
+            )
     except (ValueError, TypeError, ImportError) as error:
         if not keywords.loading:
             raise

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from surogate_formats.checkpoint import TensorInfo, read_header
+from surogate_formats.checkpoint import TensorInfo
 from surogate_load.errors import MismatchedModelError, PackedExpertsError
-
-Places = Mapping[str, tuple[str, TensorInfo]]
-"""Every tensor of safetensors files: name to its file, and where it stands there."""
-
-
-def read_places(files: Sequence[str]) -> dict[str, tuple[str, TensorInfo]]:
-    """Finds them; headers alone are read."""
-    return {name: (file, info) for file in files for name, info in read_header(Path(file)).tensors.items()}
-
-
-def reader(places: Places) -> Callable[[str], bytes]:
-    """Gives the bytes of a tensor by its name."""
-
-    def read(name: str) -> bytes:
-        file, info = places[name]
-        with Path(file).open("rb") as opened:
-            opened.seek(info.start)
-            return opened.read(info.nbytes)
-
-    return read
 
 
 def packed_modules(

@@ -45,11 +45,6 @@ class Origin:
     manifest: Manifest | None
     packed: frozenset[str]
 
-    @classmethod
-    def read(cls, file: str, packed: set[str]) -> Origin:
-        """The origin of a model whose weights stand in (among others) a file."""
-        return cls(Path(file).parent, Manifest.beside(Path(file)), frozenset(packed))
-
 
 def record_saves() -> None:
     """Has `save_pretrained` of packed models write a manifest; a second call does nothing."""

@@ -19,7 +19,7 @@ from surogate_formats.layouts import LAYOUTS, QUANT_METHODS
 from surogate_formats.manifest import Manifest
 from surogate_load.errors import PackedExpertsError
 from surogate_load.experts.finding import find_experts
-from surogate_load.packed_names import read_places
+from surogate_load.reading.places import read_places
 
 _LOG = logging.getLogger("surogate_load")
 

@@ -11,7 +11,7 @@ from transformers.utils.logging import tqdm
 
 from surogate_load.fused.groups import side_by_side
 from surogate_load.linear import QuantizedLinear
-from surogate_load.packed_names import Places
+from surogate_load.reading.places import Places
 from surogate_load.reading.taking import Taken
 from surogate_load.reading.threads import Copy, read_copies
 

@@ -19,7 +19,7 @@ from surogate_formats.checkpoint.files import open_regular, read_at
 
 THREADS = 4
 
-STAGED = 8 << 20
+STAGED = 4 << 20
 """Bytes that a thread reads at a time; for a GPU into one of two pinned buffers."""
 
 Progress = Callable[[int], object]
