@@ -138,6 +138,15 @@ def packed_bytes(path):
         return sum(part.nbytes for weight in opened.values() for part in weight.parts().values())
 
 
+def test_two_ranks_generate_what_one_does(found, paths):
+    model = adapted(paths["nf4"], "bf16").eval()
+    with torch.no_grad():
+        alone = model.generate(input_ids=IDS[:1, :6], max_new_tokens=5, do_sample=False).tolist()
+    for before, after in found["generated"]:
+        assert before == alone
+        assert len(after[0]) == len(alone[0])
+
+
 @pytest.mark.parametrize("name", EXPERTS, ids="-".join)
 def test_two_ranks_under_fsdp2_train_experts_as_one(found, paths, name):
     model = adapted_experts(paths[name])

@@ -24,6 +24,7 @@ def register() -> None:
 
         from surogate_load.parallel.preparation import packed_layers, prepare_for_sharding
         from surogate_load.parallel.shard_reading import read_shards
+        from surogate_load.parallel.sharding import let_generate
 
         if isinstance(model, FSDPModule) or next(packed_layers(model), None) is None:
             prepared: nn.Module = original(accelerator, model)
@@ -33,6 +34,7 @@ def register() -> None:
         with _every_rank_has_read(plugin):
             prepared = original(accelerator, model)
         read_shards(prepared, on_cpu=isinstance(plugin.cpu_offload, CPUOffloadPolicy))
+        let_generate(prepared)
         return prepared
 
     prepare.asks_surogate = True  # type: ignore[attr-defined]

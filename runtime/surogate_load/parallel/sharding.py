@@ -29,7 +29,7 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
     head, is the root's. The packed linear layers of a decoder layer are divided as one tensor, and its frozen vectors
     (norms, biases) are left whole on every rank: each tensor that is divided costs the host time at every layer. Only
     what trains is reduced. A model on device `meta` is filled: a rank reads from the files what it keeps. One that has
-    its values already is divided as it is.
+    its values already is divided as it is. `generate` works where every rank makes as many tokens.
 
     Args:
         model: of `load_model`, or the `PeftModel` around it, before its first step.
@@ -75,7 +75,16 @@ def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool |
         if not parameter.is_meta:
             parameter.data = parameter.data.to(device)  # FSDP leaves what it ignores where it is
     read_shards(model, on_cpu=isinstance(options.get("offload_policy"), CPUOffloadPolicy), ignored=ignored)
+    let_generate(model)
     return model
+
+
+def let_generate(model: nn.Module) -> None:
+    """Has `generate` gather what the root holds, as `forward` does: a `PeftModel` calls the model inside of it."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
 
 
 def _frozen_vectors(layer: nn.Module, policy: Any) -> list[tuple[nn.Module, str]]:

@@ -4,6 +4,7 @@ import torch
 from runtime.lora_steps import losses_of_steps
 from runtime.ranks.models import (
     EXPERTS,
+    IDS,
     KINDS,
     STEPS,
     adapted,
@@ -82,6 +83,19 @@ def options(paths, folder):
         found[f"policy {kind}"] = mean(losses_of_steps(model, my_share(), STEPS))
         found[f"bytes {kind}"] = gathered_parts(model)
     return found
+
+
+def generated(paths, folder):
+    """Tokens that a sharded model with an adapter generates, before a step and after it."""
+    model = sharded(paths["nf4"]).eval()
+    found = [_tokens(model)]
+    losses_of_steps(model.train(), my_share(), 1)
+    return [*found, _tokens(model.eval())]
+
+
+def _tokens(model):
+    with torch.no_grad():
+        return model.generate(input_ids=IDS[:1, :6], max_new_tokens=5, do_sample=False).tolist()
 
 
 def accumulated(model):
