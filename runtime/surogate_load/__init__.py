@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from surogate_load.loading import load_model
     from surogate_load.model_recipe import set_recipe
     from surogate_load.parallel.adapter_saving import save_adapter
+    from surogate_load.parallel.filling import read_shards
     from surogate_load.parallel.preparation import prepare_for_sharding
     from surogate_load.parallel.process_group import process_group
-    from surogate_load.parallel.shard_reading import read_shards
     from surogate_load.parallel.sharding import fully_shard
     from surogate_load.recipes.delayed import end_step
     from surogate_load.recipes.state_file import load_scaling_state, save_scaling_state
@@ -64,7 +64,7 @@ _HOMES = {
     "load_scaling_state": "recipes.state_file",
     "prepare_for_sharding": "parallel.preparation",
     "process_group": "parallel.process_group",
-    "read_shards": "parallel.shard_reading",
+    "read_shards": "parallel.filling",
     "save_adapter": "parallel.adapter_saving",
     "save_scaling_state": "recipes.state_file",
     "merge": "export.merging",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surogate_formats.format import Format, TensorSpec
 from surogate_formats.layouts import Layout
-from surogate_load.parallel.rows_of_bytes import RowsOfBytes
+from surogate_load.divisible import Divisible
 from surogate_load.placement import Mover, cast_by, move_only
 from surogate_load.recipes.bf16 import Bf16
 from surogate_load.recipes.layer import PackedWeight, RecipeLayer
@@ -18,7 +18,7 @@ from surogate_load.recipes.product import Adapter, Placement, multiply_with_adap
 from surogate_load.weight import WeightKind, empty_part
 
 
-class QuantizedLinear(RowsOfBytes, nn.Linear):
+class QuantizedLinear(Divisible, nn.Linear):
     """y = x W^T + b with W [N, K] packed; differentiable in x and b, W is frozen.
 
     The packed tensors are frozen parameters under the artifact's own names (`weight`, `weight_absmax`, ...; underscores
@@ -34,7 +34,7 @@ class QuantizedLinear(RowsOfBytes, nn.Linear):
         compute_dtype: the dtype that base products take and give; PEFT makes adapters in it.
         recipe: how the layer multiplies, and its scaling state.
         shared_input: the `fused.projections.SharedInput` of which the layer is a member; empty if it is alone.
-        byte_rows, flat: see `RowsOfBytes`.
+        byte_rows, flat: see `Divisible`.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class QuantizedLinear(RowsOfBytes, nn.Linear):
     def __getattr__(self, name: str) -> Any:
         """Gives the codes as `weight` in layouts that call them otherwise; or what they are divided with."""
         if name == "weight" and self.flat:
-            return self.flat[0].lines
+            return self.flat.weights.lines
         return super().__getattr__(self.part_names[0] if name == "weight" else name)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -1,5 +1,7 @@
 """Packed experts on CUDA: one launch that skips experts without rows, grouped products, and no wait for the device."""
 
+import gc
+
 import peft
 import pytest
 import torch
@@ -7,6 +9,7 @@ from runtime.experts import FAMILIES, IDS, experts_of
 
 from surogate_load import load_model
 from surogate_load.experts.module import DOWN, GATE_UP
+from surogate_load.kernels import experts as tables
 from surogate_load.ops import experts as ops
 from surogate_load.ops.library import PLAIN
 from surogate_load.step.micro_step import MicroStep
@@ -37,6 +40,26 @@ def test_one_launch_gives_the_plain_values_of_experts_with_rows(expert_artifact,
         for expert in (0, 2):
             assert torch.equal(found[expert], expected[expert])
             assert torch.equal(backward[expert], expected[expert])
+
+
+def test_a_table_goes_with_its_weights_and_no_sooner(expert_artifact, monkeypatch):
+    """A captured graph reads it as long as it is replayed."""
+    monkeypatch.setattr(tables, "_SWEPT_FROM", 0)
+    monkeypatch.setattr(tables, "_tables", {})
+    ends = torch.tensor([3, 3, 8, 8], dtype=torch.int32, device="cuda")
+
+    def dequantize(experts, name):
+        torch.ops.surogate.dequantize_experts(experts.parts(name), ends, experts.projections[name].kind.key,
+                                              torch.bfloat16)  # fmt: skip
+
+    kept, dropped = (experts_of(load_model(expert_artifact("qwen3", "nf4"), device="cuda")) for _ in range(2))
+    for experts in (kept, dropped):
+        dequantize(experts, DOWN)
+    assert len(tables._tables) == 2
+    del dropped, experts
+    gc.collect()
+    dequantize(kept, GATE_UP)
+    assert len(tables._tables) == 2
 
 
 def test_experts_without_rows_are_not_written(expert_artifact):

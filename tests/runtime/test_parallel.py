@@ -16,8 +16,8 @@ from runtime.ranks.processes import CHECKS, run_ranks
 from runtime.ranks.saving import resume
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from surogate_load import open_artifact
-from surogate_load.parallel.byte_rows import block_bytes, byte_rows
+from surogate_load import load_model, open_artifact, prepare_for_sharding
+from surogate_load.byte_rows import block_bytes, byte_rows
 from surogate_load.parallel.flat_weights import flatten
 from surogate_load.parallel.integer_parameters import let_take_integers
 
@@ -123,7 +123,7 @@ def test_no_line_of_a_unit_begins_inside_a_block(kind, columns):
     flat = flatten(torch.nn.ModuleDict(dict(zip(names, layers, strict=True))))
     line = flat.lines.shape[1]
     for layer, parts in zip(layers, before, strict=True):
-        start = flat.where(layer.flat[1][layer.part_names[0]])[0]
+        start = flat.where(layer.flat.slots[layer.part_names[0]])[0]
         assert start % block_bytes(layer.kind) == line % block_bytes(layer.kind) == 0
         assert all(
             torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(layer.parts, parts, strict=True)
@@ -131,6 +131,25 @@ def test_no_line_of_a_unit_begins_inside_a_block(kind, columns):
     taken = [(span.start, span.start + span.size) for span in flat.spans]
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(sorted(taken)))
     assert taken and max(end for _, end in taken) <= flat.lines.numel()
+
+
+def test_what_is_divided_one_by_one_is_said(paths, caplog):
+    prepare_for_sharding(load_model(paths["nf4"]))
+    assert "divided one by one" in caplog.text
+    caplog.clear()
+    model = load_model(paths["nf4"])
+    prepare_for_sharding(model, model.model.layers)
+    prepare_for_sharding(model)  # as accelerate's two hooks do
+    assert not caplog.records
+
+
+def test_compiled_code_passes_over_the_look(paths):
+    """Here at its first call, before the views are there."""
+    model = load_model(paths["nf4"])
+    with torch.no_grad():
+        expected = model(IDS).logits
+        prepare_for_sharding(model, model.model.layers)
+        assert torch.equal(torch.compile(model, backend="eager")(IDS).logits, expected)
 
 
 def packed_bytes(path):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from surogate_formats.format import TensorSpec
+from surogate_load.divisible import Divisible
 from surogate_load.experts.kind import ExpertsKind
 from surogate_load.experts.product import ExpertsAdapter, PackedWeight, multiply
 from surogate_load.experts.routing import Routing, gather, route, spread
 from surogate_load.linear import arithmetic
-from surogate_load.parallel.rows_of_bytes import RowsOfBytes
 from surogate_load.placement import Mover, cast_by, move_only
 from surogate_load.weight import TORCH_DTYPES
 
@@ -48,7 +48,7 @@ class Projection:
         return f"{name}_{part}" if part else name
 
 
-class QuantizedExperts(RowsOfBytes, nn.Module):
+class QuantizedExperts(Divisible, nn.Module):
     """transformers' fused experts with packed weights; differentiable in x and the routing weights.
 
     A packed parameter holds one tensor of every expert's weights, stacked: `gate_up_proj` and `down_proj` are codes,
@@ -63,7 +63,7 @@ class QuantizedExperts(RowsOfBytes, nn.Module):
         compute_dtype: the dtype of the products.
         is_transposed: as transformers' class says it of its own weights, for PEFT.
         num_experts: how many there are.
-        byte_rows: see `RowsOfBytes`; a row is an expert.
+        byte_rows: see `Divisible`; a row is an expert.
     """
 
     def __init__(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from surogate_formats.errors import UsageError
+from surogate_load.divisible import fused_in_flat
 from surogate_load.fused.groups import groups_of
 from surogate_load.fused.weights import fuse
 from surogate_load.linear import QuantizedLinear, arithmetic, has_hooks
-from surogate_load.parallel.rows_of_bytes import side_by_side
 from surogate_load.placement import FixedDtypeModule, Mover
 from surogate_load.recipes.layer import RecipeLayer
 from surogate_load.recipes.product import Adapter, Placement, multiply_with_adapters
@@ -211,28 +211,28 @@ class _FusedWeight(FixedDtypeModule):
 
     Attributes:
         fits: whether they are the members' values: not where half of the members were loaded anew.
-        flat: the `FlatWeights` that has the members' tensors, and the slots there of those of the fused ones that are
-            no others than the members', by index; empty where members have tensors of their own.
+        flat: where the members' tensors stand, with slots of those of the fused ones that are no others than the
+            members', by index; None where members have tensors of their own.
     """
 
     def __init__(self, members: Sequence[QuantizedLinear], parts: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.fits = True
         self._members = (tuple(members),)  # in a tuple: they are children elsewhere
-        self.flat = side_by_side(members, parts)
+        self.flat = fused_in_flat(members, parts)
         for index, part in enumerate(parts):
-            if not self.flat or index not in self.flat[1]:
+            if not self.flat or index not in self.flat.slots:
                 self.register_buffer(f"part_{index}", part, persistent=False)
         self._count = len(parts)
-        if self.flat and len(self.flat[1]) < len(parts):
-            self.flat[0].derived.append(self)
+        if self.flat and len(self.flat.slots) < len(parts):
+            self.flat.weights.derived.append(self)
         self.link()
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         if not self.flat:
             return tuple(self._buffers.values())  # type: ignore[arg-type]
-        flat, slots = self.flat
+        flat, slots = self.flat.weights, self.flat.slots
         found = (flat.tensor(slots[i]) if i in slots else self._buffers[f"part_{i}"] for i in range(self._count))
         return tuple(found)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from surogate_load.experts.kind import ExpertsKind
 from surogate_load.kernels.device import functions_on
@@ -24,7 +25,8 @@ from surogate_load.ops.library import PLAIN, accelerate
 ALIGNMENT = 16
 """Bytes to which a kernel's stores are aligned, and so each weight's result."""
 
-_REMEMBERED = 1 << 12
+_SWEPT_FROM = 1 << 8
+"""With fewer tables, those of weights that are gone may stay."""
 
 _COUNT = 6
 """Place of `count` in `Weight`, in words of eight bytes."""
@@ -37,6 +39,7 @@ class _Table(NamedTuple):
     tiles: int
     weights: Tensor  # int64 [E * M, words of `Weight`]
     first_tiles: Tensor  # uint32 [E * M], as bytes
+    described: StorageWeakRef  # the codes' memory
 
 
 _tables: dict[tuple[Any, ...], _Table] = {}
@@ -66,10 +69,16 @@ def _table(parts: Sequence[Tensor], kind: ExpertsKind, key: str, dtype: torch.dt
     found = (key, dtype, *((part.data_ptr(), part.dtype) for part in parts))
     table = _tables.get(found)
     if table is None:
-        if len(_tables) >= _REMEMBERED:
-            _tables.clear()
+        _sweep()
         table = _tables[found] = _build(parts, kind, dtype)
     return table
+
+
+def _sweep() -> None:
+    """Drops tables of weights that are gone, no others: a captured graph reads a table as long as it is replayed."""
+    if len(_tables) >= _SWEPT_FROM:
+        for key in [key for key, table in _tables.items() if table.described.expired()]:  # type: ignore[no-untyped-call]
+            del _tables[key]
 
 
 def _build(parts: Sequence[Tensor], kind: ExpertsKind, dtype: torch.dtype) -> _Table:
@@ -84,7 +93,8 @@ def _build(parts: Sequence[Tensor], kind: ExpertsKind, dtype: torch.dtype) -> _T
     weights = torch.frombuffer(bytearray(table), dtype=torch.int64).view(len(places), WEIGHT.size // 8)
     first_tiles = torch.frombuffer(bytearray(struct.pack(f"={len(places)}I", *firsts)), dtype=torch.uint8)
     device = parts[0].device
-    return _Table(described[0].kernel, tiles * len(places), weights.to(device), first_tiles.to(device))
+    codes = StorageWeakRef(parts[0].untyped_storage())  # type: ignore[no-untyped-call]
+    return _Table(described[0].kernel, tiles * len(places), weights.to(device), first_tiles.to(device), codes)
 
 
 def _described(kind: ExpertsKind, parts: tuple[Tensor, ...]) -> Described:

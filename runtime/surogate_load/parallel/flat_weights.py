@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surogate_load.byte_rows import ByteRows, block_bytes, byte_rows
+from surogate_load.divisible import Divisible, InFlat
 from surogate_load.errors import ShardedWeightError
 from surogate_load.fused.groups import side_by_side
 from surogate_load.linear import QuantizedLinear
-from surogate_load.parallel.byte_rows import ByteRows, block_bytes, byte_rows
-from surogate_load.parallel.rows_of_bytes import RowsOfBytes
 
 ALIGNED = 256
 """Bytes at whose multiples codes begin, as an allocator's tensors do."""
@@ -43,7 +43,7 @@ class Span:
     size: int
 
 
-class FlatWeights(RowsOfBytes):
+class FlatWeights(Divisible):
     """Packed tensors of several layers, each of which finds its own by `tensor`.
 
     Attributes:
@@ -162,7 +162,7 @@ def _move(layer: QuantizedLinear, flat: FlatWeights, starts: dict[str, int]) -> 
         lines[start : start + rows.nbytes].copy_(rows.take(tensor).view(-1))
         del layer._parameters[name]
     layer.byte_rows = found
-    layer.flat = flat, {name: flat.slot(start, found[name]) for name, start in starts.items()}
+    layer.flat = InFlat(flat, {name: flat.slot(start, found[name]) for name, start in starts.items()})
 
 
 def _note_loading(flat: Any, _: Any) -> None:
@@ -170,6 +170,7 @@ def _note_loading(flat: Any, _: Any) -> None:
     flat._loaded = True
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # FSDP2's own hook, before it, isn't compiled either
 def _look_first(unit: Any, *_: Any) -> None:
     """FSDP2's own hook, which gathers, goes before it."""
     unit.flat_weights.look()

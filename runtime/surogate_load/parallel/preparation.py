@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
+from surogate_load.byte_rows import byte_rows, expert_rows
 from surogate_load.errors import UnsupportedShardingError
 from surogate_load.experts.module import QuantizedExperts
 from surogate_load.fused.projections import split_projections
 from surogate_load.linear import QuantizedLinear
-from surogate_load.parallel.byte_rows import byte_rows, expert_rows
 from surogate_load.parallel.flat_weights import flatten
 from surogate_load.step.regional import compiled_inside_hooks, decoder_layers
+
+_LOG = logging.getLogger("surogate_load")
 
 Packed = QuantizedLinear | QuantizedExperts
 """What holds packed tensors."""
@@ -44,9 +47,16 @@ def prepare_for_sharding(model: nn.Module, units: Iterable[nn.Module] = ()) -> N
     split_projections(model)
     for unit in units:
         flatten(unit)
-    for layer in packed_layers(model):
-        if not layer.byte_rows:
-            _to_rows(layer)
+    left = {id(layer): layer for layer in packed_layers(model) if not layer.byte_rows}
+    for layer in left.values():
+        _to_rows(layer)
+    inside = [module for each in decoder_layers(model) for module in each.modules() if id(module) in left]
+    if any(isinstance(layer, QuantizedLinear) for layer in inside):
+        _LOG.warning(
+            "packed tensors of decoder layers are divided one by one, which costs the host its time at each layer: "
+            "surogate_load.fully_shard(model) divides a layer's as one, and so do units= of prepare_for_sharding, and "
+            "accelerate where its units are the decoder layers"
+        )
     for decoder_layer in decoder_layers(model):
         compiled_inside_hooks(decoder_layer)
 

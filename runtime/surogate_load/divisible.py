@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surogate_load.byte_rows import ByteRows
 from surogate_load.errors import ShardedWeightError, UnsupportedShardingError
-from surogate_load.parallel.byte_rows import ByteRows
 from surogate_load.parallel.integer_parameters import register
 
-register()
+register()  # before FSDP2 meets any packed layer, prepared or not
+
+
+@dataclass(frozen=True)
+class InFlat:
+    """Where packed tensors stand that are no parameters of the layer's.
+
+    Attributes:
+        weights: the `FlatWeights` that has them.
+        slots: by which it gives them, by their names, or by the index of a part.
+    """
+
+    weights: Any
+    slots: Mapping[Any, int]
 
 
 class _FsdpMark:
@@ -39,24 +53,24 @@ class _FsdpMark:
         vars(layer)["_fsdp_managed"] = managed
 
 
-class RowsOfBytes(nn.Module):
+class Divisible(nn.Module):
     """Mixed into a layer whose packed tensors may become rows of bytes; see `parallel.preparation`.
 
     Attributes:
         packed_names: names of the packed tensors.
         byte_rows: how each of them stands as rows of bytes; empty where they stand as they are.
-        flat: where they are no parameters of this layer's, the `FlatWeights` that has them, and the slot of each there.
+        flat: where they stand instead, if they are no parameters of this layer's; None if they are.
     """
 
     _is_fsdp_managed_module = _FsdpMark()
     packed_names: tuple[str, ...]
     byte_rows: dict[str, ByteRows]
-    flat: tuple[Any, ...] = ()
+    flat: InFlat | None = None
 
     @property
     def divided(self) -> bool:
         """Whether the tensors may be spread over ranks now, and are multiplied one by one."""
-        held_by = self.flat[0] if self.flat else self
+        held_by = self.flat.weights if self.flat else self
         first = next(iter(held_by._parameters.values()))
         return bool(self.byte_rows) and (not self.flat or hasattr(first, "device_mesh"))
 
@@ -67,8 +81,7 @@ class RowsOfBytes(nn.Module):
             ShardedWeightError: its rows are spread over ranks.
         """
         if self.flat:
-            flat, slots = self.flat
-            found: Tensor = flat.tensor(slots[name])
+            found: Tensor = self.flat.weights.tensor(self.flat.slots[name])
             return found
         rows: Any = self._parameters[name]
         if not torch.compiler.is_compiling() and hasattr(rows, "device_mesh"):
@@ -79,7 +92,7 @@ class RowsOfBytes(nn.Module):
         return self.byte_rows[name].give(rows)
 
 
-def side_by_side(members: Sequence[Any], parts: Sequence[Tensor]) -> tuple[Any, ...]:
+def fused_in_flat(members: Sequence[Any], parts: Sequence[Tensor]) -> InFlat | None:
     """Fused parts of several layers that stand as one in a `FlatWeights`, each as a slot of its own there.
 
     Args:
@@ -87,17 +100,17 @@ def side_by_side(members: Sequence[Any], parts: Sequence[Tensor]) -> tuple[Any, 
         parts: the fused ones.
 
     Returns:
-        The `FlatWeights` and index to slot; empty where the members have none.
+        Slots by the index of the part, for those that stand as one; None where the members aren't in one `FlatWeights`.
     """
-    if not all(member.flat for member in members) or len({id(member.flat[0]) for member in members}) > 1:
-        return ()
-    flat: Any = members[0].flat[0]
-    slots = {}
+    places = [member.flat for member in members if member.flat]
+    if len(places) < len(members) or len({id(place.weights) for place in places}) > 1:
+        return None
+    flat, slots = places[0].weights, {}
     for index, part in enumerate(parts):
-        own = [flat.where(member.flat[1][member.part_names[index]]) for member in members]
+        own = [flat.where(place.slots[member.part_names[index]]) for place, member in zip(places, members, strict=True)]
         rows = ByteRows(part.dtype, tuple(part.shape), len(part))
         ends = [start + each.nbytes for start, each in own]
         adjoin = [start for start, _ in own[1:]] == ends[:-1] and ends[-1] - own[0][0] == rows.nbytes
         if adjoin and {each.dtype for _, each in own} == {part.dtype}:
             slots[index] = flat.slot(own[0][0], rows)
-    return flat, slots
+    return InFlat(flat, slots)
