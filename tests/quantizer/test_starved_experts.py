@@ -87,7 +87,7 @@ def solved(tokens, hidden=12, inner=6, planned=ROLES):
     names = frozenset(f"experts.{number}.{role}" for number in range(2) for role in planned)
     kept = Kept(batches()[..., :hidden])
     experts = BlockExperts("experts", module, names)
-    ExpertPass(experts, weights, [], kept, kept, choices(tokens), found).solve()
+    ExpertPass(experts, weights, [], kept, kept, choices(tokens), 2, found).solve()
     return found, weights.seen, module
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from runtime.lora_steps import losses_of_steps
 from runtime.ranks.data_parallel import LAYERS
+from runtime.ranks.fully_sharded import evaluated_between
 from runtime.ranks.models import DDP, EXPERTS, IDS, KINDS, STEPS, adapted, adapted_experts, join
 from runtime.ranks.processes import CHECKS, run_ranks
 from runtime.ranks.saving import resume
@@ -157,6 +158,19 @@ def packed_bytes(path):
         return sum(part.nbytes for weight in opened.values() for part in weight.parts().values())
 
 
+def test_adapters_that_are_a_unit_of_their_own(found, paths):
+    """Evaluated before a step and between backward and optimizer; multiplied by us, and by PEFT; switched off."""
+    path = paths["one layer"]
+    ways = found["adapters"][0]
+    assert ways["multiplied with the base"] == 7
+    assert ways["evaluated between"] == pytest.approx(evaluated_between(adapted(path, "bf16"), IDS), rel=CLOSE)
+    assert ways["dora"] == pytest.approx(losses_of_steps(adapted(path, "bf16", use_dora=True), IDS, STEPS), rel=CLOSE)
+    base = adapted(path, "bf16")
+    base.disable_adapter_layers()
+    with torch.no_grad():
+        assert ways["disabled"] == pytest.approx([base(input_ids=IDS, labels=IDS).loss.item()], rel=CLOSE)
+
+
 def test_two_ranks_generate_what_one_does(found, paths):
     model = adapted(paths["nf4"], "bf16").eval()
     with torch.no_grad():
@@ -186,7 +200,11 @@ def test_two_ranks_under_ddp_train_experts_as_one(found, paths):
         assert rank["ddp"] == pytest.approx(losses, rel=CLOSE)
 
 
-@pytest.mark.parametrize("way", ["kept gathered", "loaded whole", "checkpointed", "offloaded", "accumulated"])
+WAYS = ["kept gathered", "loaded whole", "checkpointed", "offloaded"]
+WAYS += [f"accumulated, adapters apart {apart}" for apart in (True, False)]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_ways_of_calling_it_train_alike(found, alone, way):
     losses, _ = alone["one layer", "bf16"]
     assert found["options"][0][way] == pytest.approx(losses, rel=CLOSE)

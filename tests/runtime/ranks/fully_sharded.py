@@ -76,13 +76,47 @@ def options(paths, folder):
     found["checkpointed"] = mean(losses_of_steps(checkpointed, my_share(), STEPS))
     offload = sharded(path, offload_policy=CPUOffloadPolicy(pin_memory=False))
     found["offloaded"] = mean(losses_of_steps(offload, my_share(), STEPS))
-    found["accumulated"] = mean(accumulated(sharded(path)))
+    for apart in (True, False):
+        found[f"accumulated, adapters apart {apart}"] = mean(accumulated(sharded(path, adapters_apart=apart)))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for kind in ("nf4", "fp8-modelopt"):
         model = sharded(paths[kind], mp_policy=policy)
         found[f"policy {kind}"] = mean(losses_of_steps(model, my_share(), STEPS))
         found[f"bytes {kind}"] = gathered_parts(model)
     return found
+
+
+def adapters(paths, folder):
+    """Ways of using adapters that are a unit of their own."""
+    import surogate_load
+
+    path, found = paths["one layer"], {}
+    model = sharded(path)
+    found["evaluated between"] = mean(evaluated_between(model, my_share()))
+    fused = [name for name, module in model.named_modules() if getattr(module, "plain_adapter", lambda: None)()]
+    found["multiplied with the base"] = len(fused)
+    dora = adapted(path, "bf16", use_dora=True)  # PEFT's own way
+    found["dora"] = mean(losses_of_steps(surogate_load.fully_shard(dora, mesh=mesh()), my_share(), STEPS))
+    model.disable_adapter_layers()
+    rows = my_share()
+    with torch.no_grad():
+        found["disabled"] = mean([model(input_ids=rows, labels=rows).loss.item()])
+    return found
+
+
+def evaluated_between(model, ids):
+    """Losses before each step, without gradients, and after its backward."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(STEPS):
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
 
 
 def generated(paths, folder):

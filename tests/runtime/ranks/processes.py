@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from runtime.ranks.data_parallel import ddp, recipes, reduce_amax
-from runtime.ranks.fully_sharded import compiled, experts, generated, hsdp, options, prepared, train
+from runtime.ranks.fully_sharded import adapters, compiled, experts, generated, hsdp, options, prepared, train
 from runtime.ranks.models import join
 from runtime.ranks.refused import kill_one, refusals
 from runtime.ranks.saving import loaded, resumed, state
@@ -28,8 +28,8 @@ IMPORTED = (
 
 
 CHECKS = (
-    ddp, reduce_amax, train, experts, options, generated, prepared, compiled, state, loaded, recipes, refusals, trainer,
-    trainer_of_experts, kill_one,
+    ddp, reduce_amax, train, experts, options, adapters, generated, prepared, compiled, state, loaded, recipes,
+    refusals, trainer, trainer_of_experts, kill_one,
 )  # fmt: skip
 
 
