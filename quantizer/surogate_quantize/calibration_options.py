@@ -15,6 +15,9 @@ TOKENS_EACH_COLUMN = 10
 
 LEAST_TOKENS = 28 * ROW
 
+BATCH = 4 * ROW
+"""By default there are whole batches of text: the one that is held out has all the rows that it can have."""
+
 
 class CalibrationOptionsError(UsageError):
     """Options of calibration that don't go together."""
@@ -37,9 +40,9 @@ class CalibrationOptions:
     adapter_joint: bool = False
 
     def tokens_for(self, widest: int) -> int:
-        """How many tokens, for weights of up to `widest` columns; whole rows."""
-        wanted = self.tokens or max(LEAST_TOKENS, TOKENS_EACH_COLUMN * widest)
-        return -(-wanted // ROW) * ROW
+        """How many tokens, for weights of up to `widest` columns; whole rows, and whole batches by default."""
+        wanted, unit = (self.tokens, ROW) if self.tokens else (max(LEAST_TOKENS, TOKENS_EACH_COLUMN * widest), BATCH)
+        return -(-wanted // unit) * unit
 
 
 def settle_calibration(

@@ -139,7 +139,8 @@ class BlockPass:
                 batches = (original.read(position) for position in range(original.count))
                 original = kept_inputs(self._folder / f"{experts.name}.inputs", batches, followed)
                 stack.callback(original.forget)
-            ExpertPass(experts, self._weights, [leading, *others], original, followed, choices, found).solve()
+            all_followers = [leading, *others]
+            ExpertPass(experts, self._weights, all_followers, original, followed, choices, leading.rows, found).solve()
 
     def _solve_stage(
         self, stage: list[str], followers: dict[str, Follower], original: OriginalInputs, found: SolvedBlock

@@ -40,6 +40,9 @@ from surogate_quantize.weight_reader import WeightReader
 ROWS_AT_ONCE = 4
 """Rows of text that run through a block at a time."""
 
+DIVIDED = 4
+"""Rows of text that are enough to hold two or more out; of fewer one is, and nothing chooses but what is solved on."""
+
 WRITING = 4 * 1.5
 """Bytes for each value of a model that writes: float32, and what it remembers of the rows."""
 
@@ -154,8 +157,9 @@ class Calibration:
             )
 
     def _rows(self) -> int:
+        """An even number, so that batches have two rows or more, and one that is held out can be divided."""
         widest = max(tensor.info.shape[1] for tensor in self._tensors.values())
-        return -(-self._options.tokens_for(widest) // self._length)
+        return -(-self._options.tokens_for(widest) // (2 * self._length)) * 2
 
     @property
     def seconds(self) -> float:
@@ -282,7 +286,7 @@ class Calibration:
                 f"`calibration_text` {self._options.text}: token {largest} is none of the model's "
                 f"{self._runner.vocabulary}; give ids of its own tokenizer"
             )
-        return found
+        return found if len(found) < DIVIDED else found[: len(found) // 2 * 2]  # see `_rows`
 
     def _new_ids(self, told: Told) -> Tensor:
         rows = self._rows() + HELD_OUT

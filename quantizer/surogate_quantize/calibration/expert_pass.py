@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surogate_quantize.calibration.block_experts import BlockExperts, experts_at_once
-from surogate_quantize.calibration.inputs import Inputs, Sums
+from surogate_quantize.calibration.inputs import Inputs, Sums, choosing_tokens
 from surogate_quantize.calibration.originals import KeptInputs
 from surogate_quantize.calibration.streams import Follower
 from surogate_quantize.calibration.weight_pass import SolvedBlock, WeightPass
@@ -29,6 +29,7 @@ class ExpertPass:
         original: what the experts are given in the original, [tokens, hidden].
         followed: what they are given in the first of the followers.
         choices: int64 [tokens, k] of each batch, the experts that the original's router chooses.
+        rows: of text in a batch.
         found: what is known of the block.
     """
 
@@ -40,11 +41,13 @@ class ExpertPass:
         original: KeptInputs,
         followed: KeptInputs,
         choices: list[Tensor],
+        rows: int,
         found: SolvedBlock,
     ) -> None:
         """Solves nothing yet."""
         self._experts, self._weights, self._followers = experts, weights, followers
         self._original, self._followed, self._choices, self._found = original, followed, choices, found
+        self._rows = rows
         module = experts.module
         self._dense = {
             name: weight.data
@@ -82,19 +85,29 @@ class ExpertPass:
         everyone = {number: Sums(self._experts.names(number)[role]) for number in few} if inner else {}
         for position, (x, wanted, held_out) in enumerate(self._batches()):
             for number in numbers:
-                rows = (self._choices[position] == number).any(-1).nonzero()[:, 0]
-                if held_out and len(rows) == 0:
-                    rows = torch.arange(len(x), device=x.device)
-                pair = self._seen(number, x[rows], wanted[rows], values, inner)
-                sums[number].hold_out(*pair)
-                if not held_out:
-                    sums[number].add(*pair)
-                    if number in everyone:
-                        everyone[number].add(*self._seen(number, x, wanted, values, inner))
+                own = (self._choices[position] == number).any(-1).nonzero()[:, 0]
+                own, choosing = self._held_out(own, len(x)) if held_out else (own, 0)
+                pair = self._seen(number, x[own], wanted[own], values, inner)
+                if held_out:
+                    sums[number].hold_out(*pair, choosing=choosing)
+                    continue
+                sums[number].add(*pair)
+                if number in everyone:
+                    everyone[number].add(*self._seen(number, x, wanted, values, inner))
         for number in few:
             others = everyone.pop(number) if inner else self._everyone
             sums[number].fill(others, self._columns(self._experts.names(number)[role]))
         return {number: each.inputs() for number, each in sums.items()}
+
+    def _held_out(self, own: Tensor, tokens: int) -> tuple[Tensor, int]:
+        """Of an expert's tokens in the last batch, those that choose and then the others; how many choose.
+
+        All tokens stand in for those that choose, or those that are reported on, where the expert has none of them.
+        """
+        choosing = choosing_tokens(tokens, self._rows)
+        parts = ((own[own < choosing], 0, choosing), (own[own >= choosing], choosing, tokens))
+        first, other = (part if len(part) else torch.arange(*ends, device=own.device) for part, *ends in parts)
+        return torch.cat([first, other]), len(first)
 
     @cached_property
     def _everyone(self) -> Sums:
@@ -118,7 +131,7 @@ class ExpertPass:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
         count = self._original.count
         for position in range(count):
-            held_out = position == count - 1 and position > 0
+            held_out = position == count - 1
             yield self._followed.read(position).flatten(0, -2), self._original.read(position).flatten(0, -2), held_out
 
     def _columns(self, name: str) -> int:

@@ -87,6 +87,11 @@ class Follower:
         self._run, self._linears, self._watched, self._stream = run, linears, watched, stream
         self._weights: dict[str, Tensor] = {name: linear.weight.data for name, linear in linears.items()}
 
+    @property
+    def rows(self) -> int:
+        """Rows of text in a batch."""
+        return self._stream.rows
+
     def run(self, hidden: Tensor) -> Tensor:
         """The hidden states behind the block."""
         for name, linear in self._linears.items():
@@ -118,7 +123,8 @@ class Follower:
             x = self.input(leader, hidden).flatten(0, -2).float()
             return x, original.read(position).flatten(0, -2).to(x)
 
-        return summed(leader, (pair(*each) for each in enumerate(self._stream)), self._stream.count)
+        pairs = (pair(*each) for each in enumerate(self._stream))
+        return summed(leader, pairs, self._stream.count, self.rows)
 
 
 def kept_inputs(path: Path, batches: Iterable[Tensor], stream: Activations) -> KeptInputs:
