@@ -92,7 +92,7 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
         dropout, lora_a, lora_b = self.lora_dropout[name], self.lora_A[name], self.lora_B[name]
         if isinstance(dropout, nn.Dropout) and dropout.p and dropout.training:
             return None
-        plain = all(_multiplies_plainly(linear) and linear.bias is None for linear in (lora_a, lora_b))
+        plain = all(type(linear) is nn.Linear and linear.bias is None for linear in (lora_a, lora_b))
         if not plain or any(map(has_hooks, (self.base_layer, dropout, lora_a, lora_b))):
             return None
         return Adapter(lora_a.weight, lora_b.weight, self.scaling[name])
@@ -101,11 +101,6 @@ class QuantizedLoraLinear(PeftLinear):  # type: ignore[misc]
         recipe = self.get_base_layer().recipe
         for adapters in (self.lora_A, self.lora_B):
             adapters[adapter_name] = recipe.adapter_linear(_plain(adapters[adapter_name]))
-
-
-def _multiplies_plainly(linear: nn.Linear) -> bool:
-    """Whether it is `nn.Linear`, or what FSDP2 makes of that."""
-    return type(linear).forward is nn.Linear.forward
 
 
 def _plain(linear: nn.Linear) -> nn.Linear:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from surogate_load.errors import UnsupportedShardingError
-from surogate_load.parallel.adapters_unit import shard_adapters
 from surogate_load.parallel.filling import device_of, read_shards
 from surogate_load.parallel.preparation import packed_layers, prepare_for_sharding, refuse_sharded
 from surogate_load.step.regional import decoder_layers
@@ -19,14 +18,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _WHOLE = "_surogate_whole_vectors"
 
 
-def fully_shard(
-    model: Model,
-    *,
-    mesh: Any = None,
-    reshard_after_forward: bool | int = True,
-    adapters_apart: bool = True,
-    **options: Any,
-) -> Model:
+def fully_shard(model: Model, *, mesh: Any = None, reshard_after_forward: bool | int = True, **options: Any) -> Model:
     """Shards a packed model, adapters included, over the ranks of a mesh; then it trains as any FSDP2 model does.
 
         model = surogate_load.load_model(path, device="meta")  # shapes alone
@@ -35,9 +27,8 @@ def fully_shard(
 
     Every decoder layer is a unit of its own, and so is an embedding that isn't tied to the head; the rest, with the
     head, is the root's. The packed linear layers of a decoder layer are divided as one tensor, and its frozen vectors
-    (norms, biases) are left whole on every rank: each tensor that is divided costs the host time at every layer. LoRA
-    adapters of packed layers are one unit for all decoder layers, gathered and reduced once a step. Only what trains is
-    reduced. A model on device `meta` is filled: a rank reads from the files what it keeps. One that has
+    (norms, biases) are left whole on every rank: each tensor that is divided costs the host time at every layer. Only
+    what trains is reduced. A model on device `meta` is filled: a rank reads from the files what it keeps. One that has
     its values already is divided as it is. `generate` works where every rank makes as many tokens.
 
     Args:
@@ -45,8 +36,6 @@ def fully_shard(
         mesh: a `DeviceMesh` of one dimension, or of two (replicated, sharded); by default all ranks.
         reshard_after_forward: free a decoder layer's weights after its forward, and gather them again for the backward;
             False keeps them from the forward to the backward.
-        adapters_apart: False divides adapters with their decoder layers, which gather them twice a micro-step: slower,
-            but nothing of them is whole for longer than a layer's work. For adapters that are gigabytes.
         options: of torch's `fully_shard`: `mp_policy`, `offload_policy`. Packed weights aren't cast by a policy.
 
     Returns:
@@ -75,8 +64,6 @@ def fully_shard(
         layer.register_forward_pre_hook(_refuse_training)
         ignored.update(_whole(layer))
     options = {"mesh": mesh, "ignored_params": ignored, **options}
-    if adapters_apart:
-        shard_adapters(layers, shard, **options)
     for layer in layers:
         shard(layer, reshard_after_forward=reshard_after_forward, **options)
     embedding = _untied_embedding(model)

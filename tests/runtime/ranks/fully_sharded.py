@@ -76,8 +76,7 @@ def options(paths, folder):
     found["checkpointed"] = mean(losses_of_steps(checkpointed, my_share(), STEPS))
     offload = sharded(path, offload_policy=CPUOffloadPolicy(pin_memory=False))
     found["offloaded"] = mean(losses_of_steps(offload, my_share(), STEPS))
-    for apart in (True, False):
-        found[f"accumulated, adapters apart {apart}"] = mean(accumulated(sharded(path, adapters_apart=apart)))
+    found["accumulated"] = mean(accumulated(sharded(path)))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for kind in ("nf4", "fp8-modelopt"):
         model = sharded(paths[kind], mp_policy=policy)
@@ -87,7 +86,7 @@ def options(paths, folder):
 
 
 def adapters(paths, folder):
-    """Ways of using adapters that are a unit of their own."""
+    """Ways of using adapters."""
     import surogate_load
 
     path, found = paths["one layer"], {}
