@@ -56,9 +56,9 @@ class Inputs:
         return weight + self._share(weight, shift) * shift
 
     def _share(self, weight: Tensor, shift: Tensor) -> float:
-        """1 where no rows choose but those that the shift was found on: it is what serves them best."""
+        """0 where no rows choose: those that the shift was found on would always have the whole of it."""
         if self._choosing is None:
-            return 1.0
+            return 0.0
         x, wanted = self._choosing
         moved, missing = x @ shift.T, (wanted - x) @ weight.T
         size = float((moved * moved).sum())
