@@ -49,3 +49,24 @@ def test_the_seed_decides_and_nothing_else_is_disturbed(model):
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(written(model), rows)
     assert not torch.equal(written(model, seed=1), rows)
+
+
+@pytest.mark.parametrize(
+    ("config", "fast", "expected"),
+    [
+        ({"dtype": "bfloat16"}, True, torch.bfloat16),
+        ({"torch_dtype": "bfloat16"}, True, torch.bfloat16),
+        ({"dtype": "bfloat16"}, False, torch.float32),
+        ({"dtype": "float16"}, True, torch.float32),
+        ({}, True, torch.float32),
+    ],
+)
+def test_a_model_writes_in_bfloat16_where_that_is_its_own_and_fast(monkeypatch, config, fast, expected):
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: fast, raising=False)
+    assert text.writing_dtype(config, "cpu") == expected
+
+
+def test_a_model_without_fixed_caches_writes(model, monkeypatch):
+    monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
+    assert written(model).shape == (5, 12)

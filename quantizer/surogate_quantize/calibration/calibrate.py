@@ -28,7 +28,7 @@ from surogate_quantize.calibration.estimate import PassSize
 from surogate_quantize.calibration.saving import save
 from surogate_quantize.calibration.store import SolvedBlocks
 from surogate_quantize.calibration.streams import Streams
-from surogate_quantize.calibration.text import check_writes, rows_of_file, written_rows
+from surogate_quantize.calibration.text import check_writes, rows_of_file, writing_dtype, written_rows
 from surogate_quantize.calibration.text_file import CalibrationTextError, file_sha256
 from surogate_quantize.calibration.weight_pass import ROUNDS
 from surogate_quantize.calibration_options import ROW, CalibrationOptions
@@ -294,7 +294,7 @@ class Calibration:
             return self._given
         found: list[Tensor] = []
         try:
-            with self._runner.whole() as model:
+            with self._writer().whole() as model:
                 check_writes(model)
                 for written in written_rows(model, self._tokenizer, rows, self._length, self._options.seed):
                     found.append(written)
@@ -310,6 +310,10 @@ class Calibration:
                 "`calibration_text` FILE"
             ) from error
         return torch.cat(found)
+
+    def _writer(self) -> BlockRunner:
+        dtype = writing_dtype(self._source.config, self._device)
+        return self._runner if dtype == torch.float32 else BlockRunner(self._source, self._device, dtype)
 
     def _batches(self, ids: Tensor) -> Tensor:
         """int64 [batches, rows, tokens], two batches or more, and so many rows in each that none is left over."""

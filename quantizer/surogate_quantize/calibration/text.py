@@ -89,7 +89,28 @@ def written_rows(model: Any, tokenizer: Any, rows: int, length: int, seed: int) 
                 top_p=1.0,
                 eos_token_id=None,
                 pad_token_id=pad,
+                cache_implementation="static"
+                if model._can_compile_fullgraph
+                else None,  # the other is copied each step
+                disable_compile=True,
             ).cpu()
+
+
+def writing_dtype(config: dict[str, Any], device: str) -> torch.dtype:
+    """The dtype in which a model writes: bfloat16 if it is one of that dtype, and the device multiplies that fast.
+
+    Args:
+        config: of the model.
+        device: where it writes.
+    """
+    if (config.get("dtype") or config.get("torch_dtype")) != "bfloat16":
+        return torch.float32
+    if device == "cpu":
+        known = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+        fast = any(supported() for supported in known if supported is not None)
+    else:
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def check_writes(model: Any) -> None:
