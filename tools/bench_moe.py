@@ -31,18 +31,21 @@ from surogate_formats.registry import make_format
 RANK, STEPS, WARM_UP = 16, 8, 3
 
 ROWS = {
-    "nf4": ("nf4", False),
-    "fp8": ("fp8", False),
-    "fp4": ("fp4", False),
-    "nf4 compiled": ("nf4", True),
-    "fp8 compiled": ("fp8", True),
-    "bf16 grouped": ("bf16", False),
-    "bf16 grouped compiled": ("bf16", True),
-    "bitsandbytes packed": ("bitsandbytes packed", False),
-    "bitsandbytes load_in_4bit": ("bitsandbytes", False),
-    "peft bf16": ("peft", False),
+    "nf4": ("nf4", ""),
+    "fp8": ("fp8", ""),
+    "fp4": ("fp4", ""),
+    "nf4 compiled": ("nf4", "compiled"),
+    "fp8 compiled": ("fp8", "compiled"),
+    "nf4 captured": ("nf4", "captured"),
+    "fp8 captured": ("fp8", "captured"),
+    "bf16 grouped": ("bf16", ""),
+    "bf16 grouped compiled": ("bf16", "compiled"),
+    "bf16 grouped captured": ("bf16", "captured"),
+    "bitsandbytes packed": ("bitsandbytes packed", ""),
+    "bitsandbytes load_in_4bit": ("bitsandbytes", ""),
+    "peft bf16": ("peft", ""),
 }
-"""Name to base and whether the decoder layers are compiled."""
+"""Name to base, and whether its decoder layers are compiled, or also the micro-step captured in a CUDA graph."""
 
 TINY = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 256,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
@@ -86,17 +89,18 @@ def _in_a_process(row: str) -> dict:
 
 def bench(row: str, arguments: argparse.Namespace) -> dict:
     """One row in this process."""
-    base, compiled = ROWS[row]
+    base, how = ROWS[row]
     device = torch.device(arguments.device)
     sizes = {"num_hidden_layers": 1 if arguments.block else arguments.layers, **(TINY if arguments.tiny else {})}
     started = time.perf_counter()
-    model = MODELS.get(base, _ours)(base, sizes, device, compiled)
+    model = MODELS.get(base, _ours)(base, sizes, device, bool(how))
     loaded = time.perf_counter() - started
     experts = _experts_bytes(model)
     resident = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step = (_block_step if arguments.block else _model_step)(model, tuple(arguments.batch), device)
+    make_step = _block_step if arguments.block else _captured_step if how == "captured" else _model_step
+    step = make_step(model, tuple(arguments.batch), device)
     seconds = [_timed(step, device) for _ in range(STEPS)]
     if arguments.profile:
         write_profile(step, arguments.profile / f"{row.replace(' ', '-')}.txt")
@@ -146,6 +150,22 @@ def _timed(step: Callable[[], object], device: torch.device) -> float:
 def _model_step(model: nn.Module, batch: tuple[int, int], device: torch.device) -> Callable[[], object]:
     ids = torch.randint(0, model.config.vocab_size, batch, device=device)
     return _with_optimizer(model, lambda: model(input_ids=ids, labels=ids).loss)
+
+
+def _captured_step(model: nn.Module, batch: tuple[int, int], device: torch.device) -> Callable[[], object]:
+    from surogate_load import MicroStep
+
+    ids = torch.randint(0, model.config.vocab_size, batch, device=device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=trained[0].is_cuda or None)
+    micro_step = MicroStep(model)
+
+    def step():
+        micro_step(input_ids=ids, labels=ids)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _block_step(model: nn.Module, batch: tuple[int, int], device: torch.device) -> Callable[[], object]:
