@@ -198,6 +198,7 @@ def export_adapter(artifact: str, adapter: str, out: str) -> None:
 @click.option("--chat/--no-chat", default=None, help="Use the chat template.  [default: where there is one]")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="At most.")
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0: the likeliest.")
+@click.option("--seed", type=int, help="Of what is drawn at a temperature above 0.  [default: another each time]")
 @on_the_hub
 def generate(artifact: str, prompt: str, **options: Any) -> None:
     """Print what ARTIFACT says after PROMPT."""

@@ -24,6 +24,7 @@ def generate(
     chat: bool | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    seed: int | None = None,
     streamer: Any = None,
     revision: str | None = None,
     token: str | None = None,
@@ -38,6 +39,7 @@ def generate(
         chat: put the prompt into the tokenizer's chat template; by default if it has one.
         max_new_tokens: at most.
         temperature: 0 takes the likeliest token each time.
+        seed: of what is drawn otherwise; None draws anew each time.
         streamer: of transformers, which gets the tokens as they come; made from the tokenizer if callable.
         revision: see `load_model`.
         token: see `load_model`.
@@ -61,7 +63,9 @@ def generate(
     given = _encode(tokenizer, prompt, bool(tokenizer.chat_template) if chat is None else chat).to(device)
     _check(given["input_ids"], model)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         ids = model.eval().generate(
             **given,
             max_new_tokens=max_new_tokens,

@@ -230,6 +230,15 @@ def test_prompts_that_no_model_takes(artifact, tmp_path):
     assert "the text has token 64, and the model knows 64: is the tokenizer its own?" in foreign.stderr
 
 
+def test_a_seed_decides_what_is_drawn(artifact, tmp_path):
+    path = tmp_path / "artifact"
+    shutil.copytree(artifact("nf4"), path)
+    write_tokenizer(path)
+    said = [run("generate", path, "abc", "--temperature", 2, "--seed", seed, "--max-new-tokens", 16).stdout
+            for seed in (1, 1, 2)]  # fmt: skip
+    assert said[0] == said[1] != said[2]
+
+
 def test_evaluation_is_the_definition(artifact):
     model, dense = load_model(artifact("fp4")), dense_twin(artifact("fp4"))
     reference = load_model(artifact("fp8-channel"))
