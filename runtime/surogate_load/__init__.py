@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from surogate_load.loading import load_model
     from surogate_load.model_recipe import set_recipe
     from surogate_load.parallel.adapter_saving import save_adapter
-    from surogate_load.parallel.filling import read_shards
+    from surogate_load.parallel.filling_shards import read_shards
     from surogate_load.parallel.preparation import prepare_for_sharding
     from surogate_load.parallel.process_group import process_group
     from surogate_load.parallel.sharding import fully_shard
@@ -64,7 +64,7 @@ _HOMES = {
     "load_scaling_state": "recipes.state_file",
     "prepare_for_sharding": "parallel.preparation",
     "process_group": "parallel.process_group",
-    "read_shards": "parallel.filling",
+    "read_shards": "parallel.filling_shards",
     "save_adapter": "parallel.adapter_saving",
     "save_scaling_state": "recipes.state_file",
     "merge": "export.merging",

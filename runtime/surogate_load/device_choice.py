@@ -26,8 +26,9 @@ def reachable(device: str | torch.device) -> torch.device:
         DeviceUnavailableError: it doesn't exist, or torch was built without it.
     """
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        chosen = torch.empty(
+            0, device=torch.device(device)
+        ).device  # with its index: other threads have another current one
     except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
         raise DeviceUnavailableError(f"device {device}: {one_line(error)}; choose another, such as cpu") from error
     return chosen

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surogate_load.byte_rows import ByteRows
 from surogate_load.errors import ShardedWeightError, UnsupportedShardingError
-from surogate_load.parallel.integer_parameters import register
+from surogate_load.integer_parameters import register
 
 register()  # before FSDP2 meets any packed layer, prepared or not
 

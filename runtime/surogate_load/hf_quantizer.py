@@ -188,6 +188,7 @@ class SurogateQuantizer(HfQuantizer):  # type: ignore[misc]
         read_directly()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self.places = {}
         for module in model.modules():
             if isinstance(module, (QuantizedLinear, QuantizedExperts)):
                 for name in module.packed_names:

@@ -75,6 +75,7 @@ class QuantizedLinear(Divisible, nn.Linear):
         self.recipe: RecipeLayer = Bf16()
         self.shared_input: tuple[Any, ...] = ()
         self.byte_rows = {}
+        self._unsettled = False
 
     @classmethod
     def from_parts(
@@ -134,6 +135,8 @@ class QuantizedLinear(Divisible, nn.Linear):
             x: [..., K].
             adapter: A [r, K], B [N, r] and scaling.
         """
+        if self._unsettled:
+            self._settle_if_there()
         device, dtype, autocast = arithmetic(x, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):  # float32 products inside a recipe are meant to be that
@@ -172,8 +175,16 @@ class QuantizedLinear(Divisible, nn.Linear):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        found = any(prefix + name in state_dict for name in self.packed_names)
-        if found and not self.byte_rows and not self.parts[0].is_meta:  # else once it is gathered
+        if any(prefix + name in state_dict for name in self.packed_names):
+            self._unsettled = True
+            self._settle_if_there()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _settle_if_there(self) -> None:
+        """What is spread over ranks, or has no values yet, the recipe sees at its first product."""
+        codes: Any = self._parameters.get(self.part_names[0])  # none in a `FlatWeights`, which has it settled
+        if codes is not None and not hasattr(codes, "device_mesh") and not codes.is_meta:
+            self._unsettled = False
             self.settle()
 
     def _apply(self, fn: Mover, recurse: bool = True) -> QuantizedLinear:

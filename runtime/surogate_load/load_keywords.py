@@ -27,17 +27,18 @@ CONFIG = ("use_cache", "output_attentions", "output_hidden_states", "return_dict
 _ONE_DEVICE = (
     "a packed model goes to one device: pass device='cuda'; surogate_load.fully_shard divides it between ranks"
 )
-_NO_PLANS = (
+NO_PLANS = (
     "plans of transformers cut weights into columns and rows, packed ones aren't: share them between ranks with "
     "surogate_load.fully_shard(model)"
 )
+"""What is said of tensor parallelism."""
 _IS_PACKED = "the artifact says how it is packed, and nothing is quantized at load"
 _CACHE = "a model on the Hub goes through its cache; HF_HOME says where that is, HF_HUB_OFFLINE=1 asks nothing else"
 _OWN_FILES = "config and weights are the artifact's own"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("max_memory", "offload_folder", "offload_buffers", "offload_state_dict"), _ONE_DEVICE),
-    **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), _NO_PLANS),
+    **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), NO_PLANS),
     **dict.fromkeys(("quantization_config", "load_in_4bit", "load_in_8bit", "gguf_file"), _IS_PACKED),
     **dict.fromkeys(("cache_dir", "force_download", "proxies", "local_files_only"), _CACHE),
     **dict.fromkeys(("subfolder", "variant"), "an artifact is a whole directory or repository"),

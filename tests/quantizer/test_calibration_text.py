@@ -130,3 +130,11 @@ def test_what_is_no_utf_8_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(CalibrationTextError, match=r": can't be read \(is no UTF-8: byte 0x[cf][3f], ") as raised:
         rows_of_file(path, Tokenizer(), 9, 4)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 5000, str(1 << 63), str(1 << 31), "-1", "1.0", "true"], ids=len)
+def test_what_can_be_no_id_is_refused_in_one_line(tmp_path, number):
+    path = text_of(tmp_path / "a.jsonl", f'{{"input_ids": [1, {number}]}}\n')
+    with pytest.raises(CalibrationTextError, match=r"a\.jsonl") as raised:
+        rows_of_file(path, None, 1, 2)
+    assert "\n" not in str(raised.value)

@@ -11,7 +11,7 @@ from runtime.artifacts import tiny_llama, write_artifact
 from runtime.layers import KINDS, make_layer, with_recipe
 
 from surogate_formats.recipe import Recipe
-from surogate_load import load_model
+from surogate_load import load_model, prepare_for_sharding
 from surogate_load.errors import CopiedModelError
 from surogate_load.model_recipe import set_recipe
 from surogate_load.recipes.fp8_weight import power_of_two_scale
@@ -296,16 +296,33 @@ def test_models_are_held_weakly():
     assert reference() is None
 
 
-@pytest.mark.parametrize("heads", [2, 4], ids=["alone", "fused"])
-def test_a_loaded_state_has_its_own_power_of_two(artifact, tmp_path, heads):
-    """Of larger weights, which the former power of two would push beyond 448."""
+def of_larger_weights(folder, heads):
     larger = tiny_llama(num_key_value_heads=heads)
     with torch.no_grad():
         for name, parameter in larger.named_parameters():
             parameter.mul_(37 if "_proj" in name else 1)
-    paths = artifact("nf4", num_key_value_heads=heads), write_artifact(larger, tmp_path, KINDS["nf4"])
+    return write_artifact(larger, folder, KINDS["nf4"])
+
+
+@pytest.mark.parametrize("heads", [2, 4], ids=["alone", "fused"])
+def test_a_loaded_state_has_its_own_power_of_two(artifact, tmp_path, heads):
+    """Of larger weights, which the former power of two would push beyond 448."""
+    paths = artifact("nf4", num_key_value_heads=heads), of_larger_weights(tmp_path, heads)
     model, expected = (load_model(path, recipe="fp8-hybrid", emulate=True) for path in paths)
     ids = torch.arange(12)[None]
+    with torch.no_grad():
+        model(ids)
+        model.load_state_dict(expected.state_dict())
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_so_has_one_that_is_divided_row_by_row(artifact, tmp_path):
+    """Here of a model that is prepared for that, on one rank."""
+    paths = artifact("nf4", num_key_value_heads=4), of_larger_weights(tmp_path, 4)
+    model, expected = (load_model(path, recipe="fp8-hybrid", emulate=True) for path in paths)
+    ids = torch.arange(12)[None]
+    for each in (model, expected):
+        prepare_for_sharding(each)
     with torch.no_grad():
         model(ids)
         model.load_state_dict(expected.state_dict())

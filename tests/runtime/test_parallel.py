@@ -19,8 +19,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from surogate_load import load_model, open_artifact, prepare_for_sharding
 from surogate_load.byte_rows import block_bytes, byte_rows
+from surogate_load.integer_parameters import let_take_integers
 from surogate_load.parallel.flat_weights import flatten
-from surogate_load.parallel.integer_parameters import let_take_integers
 
 RANKS = 2
 CLOSE = 1e-5

@@ -1,6 +1,7 @@
 """Direct reading: the model that transformers' own loop makes, in the memory in which layers are multiplied as one."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, modeling_utils
 
 from surogate_formats.checkpoint.errors import TruncatedFileError
 from surogate_load import load_model
+from surogate_load.errors import UnsupportedShardingError
 from surogate_load.reading import hook, threads
 from surogate_load.reading.threads import Copy, read_copies
 
@@ -149,3 +151,28 @@ def test_the_first_error_ends_all(tmp_path, monkeypatch):
     with pytest.raises(TruncatedFileError, match="short"):
         read_copies([Copy(target, str(tmp_path / "short"), 0)], torch.device("cpu"), done.append)
     assert sum(done) < 10**4
+
+
+@pytest.mark.parametrize("argument", ["model", "state_dict", "load_config"])
+def test_a_loop_with_other_arguments_is_left_alone(monkeypatch, argument):
+    names = [{argument: "renamed"}.get(name, name) for name in ("model", "state_dict", "load_config")]
+    loop = eval(f"lambda {', '.join(names)}: None")
+    monkeypatch.setattr(modeling_utils, hook._LOOP, loop)
+    hook.read_directly()
+    assert getattr(modeling_utils, hook._LOOP) is loop
+
+
+def test_models_of_others_go_by(monkeypatch):
+    loop = hook._asking(lambda model, state_dict, load_config: "loaded")
+    assert loop(None, state_dict={}, load_config=SimpleNamespace(hf_quantizer=None)) == "loaded"
+    assert loop(None, {}, SimpleNamespace()) == "loaded"
+
+
+def test_plans_of_transformers_are_refused_in_its_own_call(monkeypatch):
+    config = SimpleNamespace(hf_quantizer=SimpleNamespace(places={"a": None}), device_mesh=object(), device_map=None)
+    with pytest.raises(UnsupportedShardingError, match=r"share them between ranks with surogate_load\.fully_shard"):
+        hook._asking(lambda model, state_dict, load_config: None)(None, {}, config)
+
+
+def test_where_files_stand_is_forgotten_after_the_load(artifact):
+    assert load_model(artifact("nf4")).hf_quantizer.places == {}

@@ -39,7 +39,7 @@ def text_pieces(path: Path) -> Iterator[str | list[int]]:
     except UnicodeDecodeError as error:  # its position would be one in what happens to be in memory
         bad = f"is no UTF-8: byte 0x{error.object[error.start]:02x}, {error.reason}"
         raise CalibrationTextError(f"`calibration_text` {path}: can't be read ({bad})") from error
-    except (OSError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a number of 5000 digits is no JSONDecodeError
         raise CalibrationTextError(f"`calibration_text` {path}: can't be read ({one_line(error)})") from error
 
 
@@ -83,6 +83,6 @@ def _of_line(data: Any, where: str) -> str | list[int]:
         text: str = data["text"]
         return text
     ids = data.get("input_ids") if isinstance(data, dict) else None
-    if isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids):
+    if isinstance(ids, list) and all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
         return ids
     raise CalibrationTextError(f"`calibration_text` {where}: is no object with `text` or `input_ids`")

@@ -7,12 +7,12 @@ rows to 0 there, so their thread blocks end at once; the host never learns which
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from surogate_load.experts.kind import ExpertsKind
 from surogate_load.kernels.device import functions_on
@@ -39,7 +39,8 @@ class _Table(NamedTuple):
     tiles: int
     weights: Tensor  # int64 [E * M, words of `Weight`]
     first_tiles: Tensor  # uint32 [E * M], as bytes
-    described: StorageWeakRef  # the codes' memory
+    described: Callable[[], Any]  # a weak reference to the codes' storage
+    address: int  # of that
 
 
 _tables: dict[tuple[Any, ...], _Table] = {}
@@ -75,10 +76,19 @@ def _table(parts: Sequence[Tensor], kind: ExpertsKind, key: str, dtype: torch.dt
 
 
 def _sweep() -> None:
-    """Drops tables of weights that are gone, no others: a captured graph reads a table as long as it is replayed."""
+    """Drops tables of weights that are gone or gathered elsewhere by now, and no others.
+
+    A captured graph reads a table as long as it is replayed. FSDP2, under which none is captured, frees what it has
+    gathered but keeps the storage, empty, and fills that again at another address.
+    """
     if len(_tables) >= _SWEPT_FROM:
-        for key in [key for key, table in _tables.items() if table.described.expired()]:  # type: ignore[no-untyped-call]
+        for key in [key for key, table in _tables.items() if _moved(table)]:
             del _tables[key]
+
+
+def _moved(table: _Table) -> bool:
+    storage = table.described()
+    return storage is None or storage.data_ptr() != table.address
 
 
 def _build(parts: Sequence[Tensor], kind: ExpertsKind, dtype: torch.dtype) -> _Table:
@@ -93,8 +103,9 @@ def _build(parts: Sequence[Tensor], kind: ExpertsKind, dtype: torch.dtype) -> _T
     weights = torch.frombuffer(bytearray(table), dtype=torch.int64).view(len(places), WEIGHT.size // 8)
     first_tiles = torch.frombuffer(bytearray(struct.pack(f"={len(places)}I", *firsts)), dtype=torch.uint8)
     device = parts[0].device
-    codes = StorageWeakRef(parts[0].untyped_storage())  # type: ignore[no-untyped-call]
-    return _Table(described[0].kernel, tiles * len(places), weights.to(device), first_tiles.to(device), codes)
+    codes = parts[0].untyped_storage()
+    return _Table(described[0].kernel, tiles * len(places), weights.to(device), first_tiles.to(device), ref(codes),
+                  codes.data_ptr())  # fmt: skip
 
 
 def _described(kind: ExpertsKind, parts: tuple[Tensor, ...]) -> Described:

@@ -22,7 +22,7 @@ def register() -> None:
     def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
         from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
-        from surogate_load.parallel.filling import read_shards
+        from surogate_load.parallel.filling_shards import read_shards
         from surogate_load.parallel.preparation import packed_layers, prepare_for_sharding
         from surogate_load.parallel.sharding import let_generate
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from surogate_load.errors import UnsupportedShardingError
-from surogate_load.parallel.filling import device_of, read_shards
+from surogate_load.parallel.filling_shards import device_of, read_shards
 from surogate_load.parallel.preparation import packed_layers, prepare_for_sharding, refuse_sharded
 from surogate_load.step.regional import decoder_layers
 

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from surogate_load.errors import UnsupportedShardingError
+from surogate_load.load_keywords import NO_PLANS
 from surogate_load.reading.filling import fill
 from surogate_load.reading.taking import taken
 
 _LOOP = "convert_and_load_state_dict_in_model"
-"""transformers' function that brings every tensor into the model; where there is none, it loads as it likes."""
+"""transformers' function that brings every tensor into the model."""
+
+_ASKED = {"model", "state_dict", "load_config"}
+"""Its arguments that are looked at. Where it, or one of them, is called otherwise, transformers loads by itself."""
 
 
 def read_directly() -> None:
@@ -26,7 +31,9 @@ def read_directly() -> None:
     from transformers import modeling_utils  # which imports the plug-in that imports this
 
     original = getattr(modeling_utils, _LOOP, None)
-    if original is not None and not getattr(original, "asks_surogate", False):
+    if original is None or getattr(original, "asks_surogate", False):
+        return
+    if inspect.signature(original).parameters.keys() >= _ASKED:
         setattr(modeling_utils, _LOOP, _asking(original))
 
 
@@ -37,8 +44,10 @@ def _asking(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         model, state_dict, config = given["model"], given["state_dict"], given["load_config"]
-        places = getattr(config.hf_quantizer, "places", None)
-        device = _one_device(config.device_map)
+        places = getattr(getattr(config, "hf_quantizer", None), "places", None)
+        if places and config.device_mesh is not None:
+            raise UnsupportedShardingError(NO_PLANS)
+        device = _one_device(config) if places else None
         if not places or device is None:
             return original(*args, **kwargs)
         ours = taken(model, {name: places[name][1] for name in state_dict if name in places}, config)
@@ -54,12 +63,14 @@ def _asking(original: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
-def _one_device(device_map: dict[str, Any] | None) -> torch.device | None:
+def _one_device(config: Any) -> torch.device | None:
     """Where the whole model goes; None if that isn't one device, or none that we read for."""
-    found = set((device_map or {"": "cpu"}).values())
+    found = set((config.device_map or {"": "cpu"}).values())
     if len(found) > 1 or "disk" in found:
         return None
     device = torch.device(found.pop())
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # which is another one in each thread
     return device if device.type in ("cpu", "cuda", "meta") else None
 
 

@@ -105,6 +105,7 @@ def _work(
     stream: torch.cuda.Stream | None,
     progress: Progress,
 ) -> None:
+    lane = None
     try:
         lane = _Lane(device, stream) if stream is not None else None
         read = _read_in_place if lane is None else lane.read
@@ -113,11 +114,12 @@ def _work(
                 return
             read(unit, files)
             progress(sum(len(copy.target) for copy in unit))
-        if lane is not None:
-            lane.finish()
     except BaseException:
         failed.set()
         raise
+    finally:  # after a failure too: memory that is freed then must not be written any more
+        if lane is not None:
+            lane.finish()
 
 
 def _read_in_place(unit: list[Copy], files: Mapping[str, int]) -> None:
